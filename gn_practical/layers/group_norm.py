@@ -1,0 +1,92 @@
+"""Group normalization that learns its number of groups from the layer that feeds it."""
+
+import torch
+from torch import Tensor, nn
+
+from gn_practical.num_groups import gradient_variance_ratio
+
+
+class PracticalGroupNorm(nn.GroupNorm):
+    """Group normalization with the practical number of groups (Algorithm 1 of arXiv:2302.03193).
+
+    A norm layer is made from its number of channels alone, as in ``get_norm("PGN", C)``, and the
+    rule needs the input channels of the weight layer before it as well. So the layer is made
+    unbound and refuses to run until :meth:`bind` sets its groups in place, by
+    ``gn_practical.bind_group_norms`` for a whole model or by hand.
+
+    Each of the G groups of a sample is normalized by its mean and biased variance, eps under the
+    root; then each channel is scaled and shifted. Statistics are computed in float32 at least.
+
+    Differences from the paper: a group that holds one value at run time, C/G * H * W = 1, makes
+    the output constant and the gradient zero. The layer refuses it.
+
+    Args:
+        num_channels: C, channels of the input, and ``out_channels`` of the layer that feeds it.
+        eps: added to the variance under the root.
+        affine: learn a scale and a shift for each channel.
+
+    Shape:
+        - Input: (N, C, *)
+        - Output: as the input.
+
+    Raises:
+        RuntimeError: at run time, while unbound.
+        ValueError: at run time, where a group holds a single value.
+
+    Example:
+        >>> norm = PracticalGroupNorm(64)
+        >>> norm.bind(in_channels=256, num_groups=64)
+        >>> norm
+        PracticalGroupNorm(256 -> 64, num_groups=64, eps=1e-05, affine=True)
+        >>> norm(torch.randn(2, 64, 8, 8)).shape
+        torch.Size([2, 64, 8, 8])
+    """
+
+    in_channels: int | None
+
+    def __init__(self, num_channels: int, eps: float = 1e-5, affine: bool = True) -> None:
+        super().__init__(1, num_channels, eps=eps, affine=affine)
+        self.num_groups = 0
+        self.in_channels = None
+
+    def bind(self, in_channels: int, num_groups: int) -> None:
+        """Set the groups in place.
+
+        Args:
+            in_channels: input channels of the weight layer that feeds this norm.
+            num_groups: G, a divisor of ``num_channels``.
+
+        Raises:
+            ValueError: for anything that is no positive integer, or groups that do not divide.
+        """
+        gradient_variance_ratio(in_channels, self.num_channels, num_groups)  # checks all three
+        self.in_channels = in_channels
+        self.num_groups = num_groups
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input`` of shape (N, C, *)."""
+        if not self.num_groups:
+            raise RuntimeError(
+                "PracticalGroupNorm must be bound to the layer that feeds it before it runs, got "
+                f"num_groups={self.num_groups} for {self.num_channels} channels. Call "
+                "gn_practical.bind_group_norms(model) once, or norm.bind(in_channels, num_groups)."
+            )
+        if not torch.jit.is_tracing():
+            self._refuse_degenerate_groups(input)
+        return super().forward(input)
+
+    def _refuse_degenerate_groups(self, input: Tensor) -> None:
+        size = self.num_channels // self.num_groups
+        if size == 1 and input.numel() == input.shape[0] * input.shape[1] != 0:
+            raise ValueError(
+                "A group must hold more than one value, or its output is constant and its gradient "
+                f"zero, got num_groups={self.num_groups} for an input of shape "
+                f"{tuple(input.shape)}. Choose fewer groups for this layer: "
+                "MODEL.PGN.LAYER_NUM_GROUPS or norm.bind(in_channels, num_groups)."
+            )
+
+    def extra_repr(self) -> str:
+        """Show both channels, the groups and the options."""
+        channels = f"{self.in_channels or '?'} -> {self.num_channels}"
+        groups = self.num_groups or "unbound"
+        return f"{channels}, num_groups={groups}, eps={self.eps}, affine={self.affine}"

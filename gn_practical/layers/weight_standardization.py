@@ -1,0 +1,117 @@
+"""Weight standardization of convolutions."""
+
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.layers import Conv2d
+from torch import Tensor
+
+EPS = 1e-5
+
+
+def standardize_weight(weight: Tensor, eps: float = EPS) -> Tensor:
+    """Standardize each output filter: (W - mean) / (std + eps), with the unbiased std.
+
+    This is the definition of Qiao et al., "Weight Standardization" (arXiv:1903.10520), as the
+    weights that its authors published use it. Other codes differ: BiT and timm take the biased
+    variance and put eps under the root. Computed in float32 at least and returned in the dtype of
+    ``weight``.
+
+    Args:
+        weight: filters; the first dimension counts them.
+        eps: added to the standard deviation.
+
+    Shape:
+        - weight: (out_channels, in_channels / groups, kernel height, kernel width)
+        - Output: as the weight.
+
+    Raises:
+        ValueError: if a filter holds a single number, which has no standard deviation.
+
+    Example:
+        >>> w = standardize_weight(torch.randn(8, 4, 3, 3) + 5)
+        >>> w.flatten(1).std(1).allclose(torch.ones(8), atol=1e-4)
+        True
+    """
+    fan_in = weight[0].numel()
+    if fan_in < 2:
+        raise ValueError(
+            "Weight standardization needs filters of at least two numbers, got fan_in="
+            f"{fan_in} for a weight of shape {tuple(weight.shape)}. Exclude the layer with "
+            "MODEL.WS.EXCLUDE."
+        )
+    flat = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
+    # torch's own std, for its gradient of zero where a filter is constant.
+    std, mean = torch.std_mean(flat, 1, keepdim=True)
+    return ((flat - mean) / (std + eps)).to(weight.dtype).view_as(weight)
+
+
+class _Cache(NamedTuple):
+    source: Tensor  # an alias of the weight: keeps its memory, so that no other takes the address
+    version: int
+    standardized: Tensor
+
+    def holds(self, weight: Tensor) -> bool:
+        return (
+            self.source.data_ptr() == weight.data_ptr()
+            and self.source.dtype == weight.dtype
+            and self.version == weight._version
+        )
+
+
+class WSConv2d(Conv2d):
+    """A ``detectron2.layers.Conv2d`` whose filters are standardized before each use.
+
+    See :func:`standardize_weight` for the definition. Where no gradient flows to the weight (at
+    inference, and in frozen stages) the standardized weight is computed once and kept until the
+    weight changes in place or is replaced, as an optimizer, ``load_state_dict`` or ``.to()`` do.
+    Only writes through ``weight.data``, which PyTorch does not count, go unseen, until the next
+    ``train()`` or ``eval()``.
+
+    Parameters, state-dict keys and arguments are those of ``detectron2.layers.Conv2d``, so
+    ``conv.__class__ = WSConv2d`` converts a layer in place.
+
+    Shape:
+        - Input: (N, in_channels, H, W)
+        - Output: (N, out_channels, H', W')
+
+    Raises:
+        ValueError: at run time, if a filter holds a single number.
+
+    Example:
+        >>> conv = WSConv2d(4, 8, kernel_size=3, padding=1)
+        >>> conv(torch.randn(2, 4, 16, 16)).shape
+        torch.Size([2, 8, 16, 16])
+    """
+
+    _cache: _Cache | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve ``x`` with the standardized weight, then apply ``norm`` and ``activation``."""
+        x = self._conv_forward(x, self._standardized_weight(), self.bias)
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+    def _standardized_weight(self) -> Tensor:
+        weight = self.weight
+        needs_grad = torch.is_grad_enabled() and weight.requires_grad
+        if needs_grad or torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return standardize_weight(weight)
+        if self._cache is None or not self._cache.holds(weight):
+            # Not in inference mode: such a tensor could not take part in training later on.
+            with torch.inference_mode(False), torch.no_grad():
+                standardized = standardize_weight(weight.detach())
+            self._cache = _Cache(weight.detach(), weight._version, standardized)
+        return self._cache.standardized
+
+    def train(self, mode: bool = True) -> "WSConv2d":
+        """Switch the mode and drop the kept weight."""
+        self._cache = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle gets its own weight, so it must not take the kept one along.
+        return {key: value for key, value in self.__dict__.items() if key != "_cache"}

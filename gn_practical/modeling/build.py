@@ -1,0 +1,68 @@
+"""``build_model(cfg)``: Detectron2 builds, then norms are bound and weights standardized."""
+
+import logging
+
+from detectron2 import modeling
+from detectron2.config import CfgNode
+from tabulate import tabulate
+from torch import nn
+
+from gn_practical.modeling.binding import GroupNormBinding, bind_group_norms
+from gn_practical.modeling.conversion import convert_to_ws
+
+
+def build_model(cfg: CfgNode) -> nn.Module:
+    """Build the model of a config, bind its "PGN" norms and standardize weights where asked.
+
+    Logs the table of the groups. See :func:`bind_model` for what it reads from the config.
+
+    Args:
+        cfg: a Detectron2 config with the keys of :func:`gn_practical.add_pgn_config`.
+
+    Raises:
+        ValueError: as :func:`bind_group_norms` and :func:`convert_to_ws`.
+
+    Example:
+        >>> from detectron2 import model_zoo
+        >>> cfg = model_zoo.get_config("Misc/mask_rcnn_R_50_FPN_3x_gn.yaml")
+        >>> add_pgn_config(cfg)
+        >>> cfg.MODEL.DEVICE = "cpu"
+        >>> cfg.MODEL.RESNETS.NORM = cfg.MODEL.FPN.NORM = "PGN"
+        >>> model = build_model(cfg)
+    """
+    model = modeling.build_model(cfg)
+    table = bind_model(model, cfg)
+    logger = logging.getLogger(__name__)
+    if table:
+        logger.info("%d PGN layers:\n%s", len(table), format_bindings(table))
+    if cfg.MODEL.WS.ENABLED:
+        paths = convert_to_ws(model, cfg.MODEL.WS.EXCLUDE)
+        logger.info("%d convolutions have standardized weights.", len(paths))
+    return model
+
+
+def bind_model(model: nn.Module, cfg: CfgNode) -> list[GroupNormBinding]:
+    """Bind the norms of a model as ``cfg.MODEL.PGN`` says.
+
+    Args:
+        model: the model of ``cfg``.
+        cfg: a config with the keys of :func:`gn_practical.add_pgn_config`.
+    """
+    pgn = cfg.MODEL.PGN
+    return bind_group_norms(
+        model,
+        pgn.NUM_GROUPS,
+        rule=pgn.RULE,
+        layer_num_groups=pgn.LAYER_NUM_GROUPS,
+        in_channels=pgn.IN_CHANNELS,
+    )
+
+
+def format_bindings(table: list[GroupNormBinding]) -> str:
+    """Format the groups of a model for reading: layer, channels, G_ideal, G and K."""
+    rows = [
+        (b.norm, b.in_channels, b.out_channels, b.ideal_num_groups, b.num_groups,
+         f"{b.gradient_variance_ratio:.3f}")
+        for b in table
+    ]  # fmt: skip
+    return tabulate(rows, headers=("layer", "in", "out", "G_ideal", "G", "K"))

@@ -1,0 +1,67 @@
+"""Weight standardization for the convolutions of a model that has been built."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from detectron2 import layers
+from torch import nn
+
+from gn_practical.layers import WSConv2d
+from gn_practical.modeling.binding import Producer, find_producers
+
+
+def convert_to_ws(model: nn.Module, exclude: Sequence[str] = ()) -> list[str]:
+    """Turn every convolution that a norm follows into a :class:`WSConv2d`, in place.
+
+    Modules and parameters stay the same objects, so optimizers, hooks and frozen stages see no
+    difference; a second call changes nothing.
+
+    Args:
+        model: any module.
+        exclude: shell-style patterns on the paths of convolutions that keep plain weights.
+
+    Returns:
+        Paths of the convolutions that are standardized, in the order of the model.
+
+    Raises:
+        ValueError: if a pattern matches nothing, or a layer that a norm follows cannot be
+            standardized (a deformable convolution, filters of a single number); with the paths.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> len(convert_to_ws(resnet18()))
+        20
+    """
+    producers = [p for p in find_producers(model) if not isinstance(p.layer, nn.Linear)]
+    _check_patterns(exclude, [p.path for p in producers])
+    chosen = [p for p in producers if not any(fnmatchcase(p.path, x) for x in exclude)]
+    _raise_inconvertible(chosen)
+    for producer in chosen:
+        _convert(producer.layer)
+    return [producer.path for producer in chosen]
+
+
+def _convert(conv: nn.Conv2d) -> None:
+    if type(conv) is nn.Conv2d:
+        conv.norm = conv.activation = None  # what detectron2.layers.Conv2d has besides
+    conv.__class__ = WSConv2d
+
+
+def _check_patterns(exclude: Sequence[str], paths: list[str]) -> None:
+    for pattern in exclude:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise ValueError(
+                f"MODEL.WS.EXCLUDE must match convolutions that a norm follows, got {pattern!r}, "
+                f"which matches none of the {len(paths)}. Correct or remove the pattern."
+            )
+
+
+def _raise_inconvertible(producers: list[Producer]) -> None:
+    known = (nn.Conv2d, layers.Conv2d, WSConv2d)
+    others = [p.path for p in producers if type(p.layer) not in known]
+    single = [p.path for p in producers if p.layer.weight[0].numel() < 2]
+    if others or single:
+        raise ValueError(
+            "weight standardization must meet plain convolutions with filters of at least two "
+            f"numbers, got {', '.join(others + single)}. List them in MODEL.WS.EXCLUDE."
+        )

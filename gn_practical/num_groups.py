@@ -143,9 +143,10 @@ def check_num_groups(num_groups: int, num_channels: int) -> None:
     """
     _check_positive("num_groups", num_groups)
     if num_channels % num_groups:
+        choice = ", ".join(map(str, _divisors(num_channels)))
         raise ValueError(
             f"num_groups must divide the number of channels, got num_groups={num_groups} for "
-            f"{num_channels} channels. Choose one of {', '.join(map(str, _divisors(num_channels)))}."
+            f"{num_channels} channels. Choose one of {choice}."
         )
 
 

@@ -54,7 +54,7 @@ def test_group_norm_equals_the_formula(dtype, num_groups, shape):
 def test_unbound_norm_refuses_to_run():
     norm = PracticalGroupNorm(64)
     assert "? -> 64, num_groups=unbound" in repr(norm)
-    with pytest.raises(RuntimeError, match="must be bound .* Call gn_practical.bind_group_norms"):
+    with pytest.raises(RuntimeError, match=r"must be bound .* Call gn_practical.bind_group_norms"):
         norm(torch.randn(2, 64, 4, 4))
 
 
@@ -63,7 +63,7 @@ def test_repr_shows_channels_and_groups():
 
 
 def test_bind_refuses_groups_that_do_not_divide():
-    with pytest.raises(ValueError, match="num_groups must divide .* num_groups=7 for 64 channels"):
+    with pytest.raises(ValueError, match=r"num_groups must divide .* num_groups=7 for 64 channels"):
         PracticalGroupNorm(64).bind(64, 7)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 
@@ -26,7 +27,7 @@ def test_equals_an_independent_implementation_everywhere():
     for out_channels in range(1, 1025):
         divisors = [d for d in range(1, out_channels + 1) if out_channels % d == 0]
         # Thresholds in quarter groups: G changes from d1 to d2 where (4 G)^2 passes 16 d1 d2.
-        bounds = [16 * a * b for a, b in zip(divisors, divisors[1:], strict=False)]
+        bounds = [16 * a * b for a, b in pairwise(divisors)]
         for in_channels in range(1, 1025):
             quarters = min(max(in_channels - out_channels, 4), 4 * out_channels)
             expected = divisors[sum(quarters**2 > bound for bound in bounds)]
@@ -80,7 +81,7 @@ def test_refuses_what_is_no_positive_integer(value):
 
 
 def test_refuses_other_bad_arguments():
-    with pytest.raises(ValueError, match=r"got num_groups=48 for 64 channels. Choose one of 1, 2, 4, 8,"):
+    with pytest.raises(ValueError, match=r"num_groups=48 for 64 channels. Choose one of 1, 2, 4,"):
         gradient_variance_ratio(64, 64, 48)
     with pytest.raises(ValueError, match="rule must be one of paper, exact, got rule='best'"):
         practical_num_groups(64, 64, rule="best")

@@ -4,6 +4,7 @@ Importing the package registers the norm type "PGN" and the embedded data set.
 """
 
 from gn_practical.config import add_pgn_config
+from gn_practical.data import register_scenes
 from gn_practical.layers import PracticalGroupNorm, WSConv2d, standardize_weight
 from gn_practical.modeling import bind_group_norms, build_model, convert_to_ws, register_pgn
 from gn_practical.num_groups import (
@@ -28,3 +29,4 @@ __all__ = [
 ]
 
 register_pgn()
+register_scenes()

@@ -1,0 +1,37 @@
+# `make quickstart` and `make test` are complete by themselves; both install into .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+CONSTRAINTS = requirements/constraints.txt
+
+.PHONY: help install quickstart test lint
+
+help:
+	@echo "make quickstart  train, evaluate and draw on the embedded data, about 6 minutes on 2 cores"
+	@echo "make test        run the test suite"
+	@echo "make lint        check style with ruff"
+	@echo "make install     make $(VENV) with all packages; the others do it by themselves"
+	@echo "PYTHON=python3.12 chooses the interpreter, OPTS='KEY VALUE ...' overrides the config."
+
+install: $(VENV)/installed
+
+$(VENV)/installed: setup.py $(CONSTRAINTS) requirements/detectron2.txt tools/install_detectron2.sh
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	    echo "error: gn_practical needs Python 3.10 to 3.13, and $(PYTHON) is" \
+	         "$$($(PYTHON) --version 2>&1). Choose another: make install PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --constraint $(CONSTRAINTS) torch torchvision
+	$(BIN)/python -m pip install --constraint $(CONSTRAINTS) --editable '.[fast,dev]'
+	PYTHON=$(BIN)/python sh tools/install_detectron2.sh
+	touch $@
+
+quickstart: install
+	$(BIN)/python tools/train_net.py --config-file configs/quickstart/pfpn.yaml $(OPTS)
+
+test: install
+	$(BIN)/python -m pytest $(OPTS)
+
+lint: install
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .

@@ -1,0 +1,22 @@
+"""The one error that a data set raises."""
+
+_MARK = "DatasetError: "
+
+
+class DatasetError(ValueError):
+    r"""A data set that cannot be used: what is wrong with which file, and the way out.
+
+    ``str(error)`` is one short message. PyTorch raises a worker's exception again in the main
+    process as ``type(error)(<text of the whole traceback>)``; of such a text only the message
+    itself, which follows the last ``DatasetError: ``, is kept.
+
+    Args:
+        message: what is wrong and what to do about it.
+
+    Example:
+        >>> str(DatasetError("Traceback ...\ngn_practical.DatasetError: a.jpg is truncated.\n"))
+        'a.jpg is truncated.'
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(str(message).rpartition(_MARK)[2].strip())

@@ -1,0 +1,141 @@
+"""From the command line to a frozen config whose data sets are registered."""
+
+import difflib
+import logging
+import re
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser, default_setup
+
+from gn_practical.config import add_pgn_config
+from gn_practical.data import register_datasets
+
+_EPILOG = """
+Examples:
+
+  Train on 8 GPUs, continue after an interruption, evaluate:
+    python tools/train_net.py --config-file configs/pfpn_pgn.yaml --num-gpus 8
+    python tools/train_net.py --config-file configs/pfpn_pgn.yaml --num-gpus 8 --resume
+    python tools/train_net.py --config-file configs/pfpn_pgn.yaml --num-gpus 8 --eval-only \\
+        MODEL.WEIGHTS output/pfpn_pgn/model_final.pth
+
+  The same under torchrun, which starts the processes and can restart them:
+    torchrun --nproc-per-node 8 tools/train_net.py --config-file configs/pfpn_pgn.yaml
+
+  Your own data in COCO's format, without code:
+    python tools/train_net.py --config-file configs/faster_rcnn_gn_ws_pgn.yaml \\
+        DATASETS.COCO_INSTANCES \\
+        '[("my_train", "images", "train.json"), ("my_val", "images", "val.json")]' \\
+        DATASETS.TRAIN '("my_train",)' DATASETS.TEST '("my_val",)' MODEL.ROI_HEADS.NUM_CLASSES 3
+
+Results go to OUTPUT_DIR: results.json, metrics.json, curves.png, pictures/, num_groups.json,
+checkpoints and TensorBoard's events.
+"""
+
+
+def argument_parser() -> ArgumentParser:
+    """Return Detectron2's own parser, with examples of this project."""
+    parser = default_argument_parser(epilog=_EPILOG)
+    parser.description = "Train or evaluate a detector or panoptic segmenter."
+    return parser
+
+
+def setup(args: Namespace) -> CfgNode:
+    """Read the config, register its data sets, and set up logging and the output folder.
+
+    Args:
+        args: what :func:`argument_parser` parsed.
+
+    Raises:
+        ValueError: for a config that cannot be read or has a wrong key or value.
+    """
+    cfg = load_cfg(args.config_file, args.opts)
+    default_setup(cfg, args)
+    _warn_learning_rate(args.config_file, cfg)
+    return cfg
+
+
+def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Merge a YAML file and ``KEY VALUE`` overrides into Detectron2's and our defaults.
+
+    ``MODEL.DEVICE: "auto"`` becomes CUDA where there is a GPU and the CPU elsewhere. The data sets
+    of ``DATASETS.COCO_INSTANCES`` and ``DATASETS.COCO_PANOPTIC`` are registered.
+
+    Args:
+        config_file: path of the YAML file; empty for the defaults.
+        opts: keys and values in turn.
+
+    Returns:
+        A frozen config.
+
+    Raises:
+        ValueError: naming the key or line that is wrong, and what is near to it.
+
+    Example:
+        >>> load_cfg("configs/pfpn_pgn.yaml", ["SOLVER.BASE_LR", "0.01"]).SOLVER.BASE_LR
+        0.01
+    """
+    cfg = _merge(config_file, opts)
+    if cfg.MODEL.DEVICE == "auto":
+        cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    register_datasets(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def _merge(config_file: str, opts: Sequence[str]) -> CfgNode:
+    cfg = get_cfg()
+    add_pgn_config(cfg)
+    known = list(_keys(cfg))
+    if len(opts) % 2:
+        raise ValueError(
+            f"overrides must be pairs of KEY VALUE, got {len(opts)} words ending in {opts[-1]!r}. "
+            "Quote values that hold spaces."
+        )
+    try:
+        if config_file:
+            cfg.merge_from_file(config_file)
+        cfg.merge_from_list(list(opts))
+    except (KeyError, AssertionError, ValueError) as error:
+        raise ValueError(_explain(str(error.args[0] if error.args else error), known)) from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"a config must be a readable YAML file, got {error}") from error
+    return cfg
+
+
+def _explain(message: str, known: list[str]) -> str:
+    missing = re.search(r"[Nn]on-existent (?:config )?key: (\S+)", message)
+    if not missing:
+        return f"the config must have values of the types that its keys hold, got: {message}"
+    near = difflib.get_close_matches(missing[1], known, n=3)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return f"config keys must exist, got {missing[1]}.{hint}"
+
+
+def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield prefix + key
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _warn_learning_rate(config_file: str, cfg: CfgNode) -> None:
+    """Warn where an override changed the batch and left the learning rate of the recipe."""
+    if not config_file:
+        return
+    recipe = _merge(config_file, ()).SOLVER
+    solver = cfg.SOLVER
+    if solver.IMS_PER_BATCH != recipe.IMS_PER_BATCH and solver.BASE_LR == recipe.BASE_LR:
+        fitting = recipe.BASE_LR * solver.IMS_PER_BATCH / recipe.IMS_PER_BATCH
+        logging.getLogger(__name__).warning(
+            "SOLVER.IMS_PER_BATCH is %d in place of the recipe's %d, with the same learning rate. "
+            "The linear rule asks for SOLVER.BASE_LR %g; SOLVER.REFERENCE_WORLD_SIZE scales batch, "
+            "learning rate and schedule together with the number of GPUs.",
+            solver.IMS_PER_BATCH,
+            recipe.IMS_PER_BATCH,
+            fitting,
+        )

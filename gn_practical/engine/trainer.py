@@ -1,0 +1,142 @@
+"""``Trainer``: Detectron2's ``DefaultTrainer`` with PGN models, PQ and AP, on CUDA and the CPU."""
+
+import json
+import logging
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.engine import (
+    DefaultTrainer,
+    HookBase,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+    hooks,
+)
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.utils import comm
+from torch import nn
+
+from gn_practical.data import CheckedDatasetMapper
+from gn_practical.engine.autocast import AutocastTrainer
+from gn_practical.engine.checkpoint import GroupsCheckpointer
+from gn_practical.engine.checks import check_model
+from gn_practical.evaluation import build_evaluator, plot_metrics, results_table, write_results
+from gn_practical.modeling import bind_model, build_model
+
+
+class PlotCurves(HookBase):
+    """Draws ``curves.png`` from ``metrics.json`` when training ends, however it ends."""
+
+    def __init__(self, output_dir: str) -> None:
+        self.output_dir = output_dir
+
+    def after_train(self) -> None:
+        """Draw; a failure is logged and does not hide what ended the training."""
+        path = os.path.join(self.output_dir, "curves.png")
+        try:
+            plot_metrics(os.path.join(self.output_dir, "metrics.json"), path)
+        except Exception:
+            logging.getLogger(__name__).exception("The curves could not be drawn.")
+        else:
+            logging.getLogger(__name__).info("Curves of losses and metrics: %s", path)
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's ``DefaultTrainer`` for models with "PGN" norms.
+
+    What it adds: models from :func:`gn_practical.build_model`, with their table of groups in
+    ``OUTPUT_DIR/num_groups.json``; checkpoints that know their groups; mixed precision in float16
+    and bfloat16; training on CPU ranks; the evaluators of :mod:`gn_practical.evaluation`, their
+    table, ``results.json`` and pictures; curves when training ends.
+
+    Args:
+        cfg: a config with the keys of :func:`gn_practical.add_pgn_config`.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        # As DefaultTrainer's own, which cannot be called: it passes a device index to
+        # DistributedDataParallel on the CPU too, and knows one kind of mixed precision.
+        TrainerBase.__init__(self)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        device_ids = {} if cfg.MODEL.DEVICE.startswith("cuda") else {"device_ids": None}
+        model = create_ddp_model(model, broadcast_buffers=False, **device_ids)
+        if cfg.SOLVER.AMP.ENABLED:
+            dtype = cfg.SOLVER.AMP.DTYPE
+            self._trainer = AutocastTrainer(model, data_loader, optimizer, dtype)
+        else:
+            self._trainer = SimpleTrainer(model, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = GroupsCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Return Detectron2's hooks, evaluation with augmentation where asked, and curves."""
+        built = super().build_hooks()
+        if self.cfg.TEST.AUG.ENABLED:
+            built.append(hooks.EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model)))
+        if comm.is_main_process():
+            built.append(PlotCurves(self.cfg.OUTPUT_DIR))
+        return built
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Build the model and save its table of groups beside the checkpoints to come."""
+        model = build_model(cfg)
+        check_model(cfg, model)
+        if comm.is_main_process():
+            table = [asdict(binding) for binding in bind_model(model, cfg)]
+            with open(os.path.join(cfg.OUTPUT_DIR, "num_groups.json"), "w") as file:
+                json.dump(table, file, indent=1)
+        return model
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
+        """Return Detectron2's loader, with errors that name the file."""
+        return build_detection_train_loader(cfg, mapper=CheckedDatasetMapper(cfg, is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
+        """Return Detectron2's loader, with errors that name the file."""
+        mapper = CheckedDatasetMapper(cfg, is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
+        """Return the evaluators that the data set's metadata ask for."""
+        return build_evaluator(cfg, dataset_name, output_folder)
+
+    @classmethod
+    def test(
+        cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None
+    ) -> dict[str, Any]:
+        """Evaluate on ``cfg.DATASETS.TEST``, log one table and write ``results.json``."""
+        results = super().test(cfg, model, evaluators)
+        if comm.is_main_process() and results:
+            path = os.path.join(cfg.OUTPUT_DIR, "results.json")
+            write_results(results, path)
+            logging.getLogger(__name__).info("Results (%s):\n%s", path, results_table(results))
+        return results
+
+    @classmethod
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        """Evaluate with test-time augmentation, as ``TEST.AUG`` says; R-CNN models only."""
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = super().test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return OrderedDict({f"{key}_TTA": value for key, value in results.items()})

@@ -166,6 +166,8 @@ def _squares(name: str, function: Callable[[Tensor], Tensor], z: Tensor) -> Tens
         if value.requires_grad:  # a constant may have no graph
             slope = torch.autograd.grad(value.sum(), leaf, materialize_grads=True)[0]
     squares = torch.stack((value.detach(), slope)) ** 2
+    if squares.sum().isfinite():
+        return squares
     bad = ~squares.isfinite().all(dim=0)
     if bad.any():
         raise ValueError(

@@ -18,10 +18,9 @@ from gn_practical.layers import PracticalGroupNorm
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs/quickstart/pfpn.yaml")
-# The quickstart's model with a narrower backbone: a step in a tenth of a second.
+# The quickstart's model with narrower heads: a step in a tenth of a second.
 TINY = [
-    *("MODEL.DEVICE", "cpu", "MODEL.RESNETS.RES2_OUT_CHANNELS", "16"),
-    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "16", "MODEL.FPN.OUT_CHANNELS", "16"),
+    *("MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", "16"),
     *("MODEL.RPN.CONV_DIMS", "[16]", "MODEL.ROI_BOX_HEAD.CONV_DIM", "16"),
     *("MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"),
     *("MODEL.SEM_SEG_HEAD.CONVS_DIM", "16", "SOLVER.IMS_PER_BATCH", "2"),
@@ -35,15 +34,6 @@ def run(*arguments):
 
 def tiny(output_dir, *overrides, flags=()):
     return ["--config-file", QUICKSTART, *flags, *TINY, "OUTPUT_DIR", output_dir, *overrides]
-
-
-def few_images(monkeypatch, count=4):
-    """Evaluate on the first images only."""
-    from detectron2.data import DatasetCatalog
-
-    name = "scenes_val_panoptic_separated"
-    load = DatasetCatalog._data[name]
-    monkeypatch.setitem(DatasetCatalog._data, name, lambda: load()[:count])
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +73,9 @@ def test_evaluation_alone_gives_the_same_numbers(trained, tmp_path):
     assert again["panoptic_seg"] == first["panoptic_seg"]
 
 
-def test_resume_continues_at_the_next_iteration(trained, monkeypatch):
-    few_images(monkeypatch)
+def test_resume_continues_at_the_next_iteration(trained):
     output, _ = trained
-    run(*tiny(output, "SOLVER.MAX_ITER", 5, flags=["--resume"]))
+    run(*tiny(output, "SOLVER.MAX_ITER", 5, "DATASETS.TEST", "()", flags=["--resume"]))
     state = torch.load(output / "model_final.pth", weights_only=True)
     assert state["iteration"] == 4
     lines = (output / "metrics.json").read_text().splitlines()
@@ -154,24 +143,22 @@ def test_broken_weights_are_named(tmp_path, text):
         GroupsCheckpointer(nn.Linear(2, 2)).load(str(tmp_path / "broken.pth"))
 
 
-def test_bfloat16_on_the_cpu(tmp_path, monkeypatch):
-    few_images(monkeypatch)
-    overrides = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16", "SOLVER.MAX_ITER", 2]
-    results = run(*tiny(tmp_path, *overrides))
+def test_bfloat16_on_the_cpu(tmp_path):
+    precision = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16"]
+    run(*tiny(tmp_path, *precision, "SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()"))
     state = torch.load(tmp_path / "model_final.pth", weights_only=True)
     assert {tensor.dtype for tensor in state["model"].values()} == {torch.float32}
     assert "grad_scaler" in state["trainer"]["_trainer"]
-    assert results is None or "panoptic_seg" in results
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["SOLVER.BASE_LRR", "0.1"], r"got SOLVER.BASE_LRR. Did you mean SOLVER.BASE_LR"),
-        (["SOLVER.MAX_ITER", "many"], r"values of the types"),
-        (["SOLVER.MAX_ITER"], r"pairs of KEY VALUE, got 1 words ending in 'SOLVER.MAX_ITER'"),
+        (["SOLVER.MAX_ITER", "many"], r"values of their types: "),
+        (["SOLVER.MAX_ITER"], r"pairs of KEY VALUE, got \d+ words ending in 'SOLVER.MAX_ITER'"),
         (["MODEL.FPN.NORM", "PGM"], r"NORM must be one of BN, .* got NORM='PGM'"),
-        (["MODEL.PGN.NUM_GROUPS", "7"], r"stem.conv1.norm: num_groups must divide"),
+        (["MODEL.PGN.NUM_GROUPS", "7"], r"norm: num_groups must divide .* num_groups=7"),
         (["MODEL.WEIGHTS", "no/such.pth"], r"got MODEL.WEIGHTS=no/such.pth, which does not exist"),
         (["DATASETS.TRAIN", '("scenes_trian",)'], r"scenes_trian"),
         (["MODEL.ROI_HEADS.NUM_CLASSES", "4"], r"MODEL.ROI_HEADS.NUM_CLASSES"),
@@ -179,6 +166,8 @@ def test_bfloat16_on_the_cpu(tmp_path, monkeypatch):
         (["SOLVER.REFERENCE_WORLD_SIZE", "8"], r"divisible by SOLVER.REFERENCE_WORLD_SIZE"),
         (["SOLVER.AMP.ENABLED", "True"], r"must be bfloat16 on cpu"),
         (["SOLVER.AMP.DTYPE", "fp8"], r"one of float16, bfloat16, got SOLVER.AMP.DTYPE=fp8"),
+        (["MODEL.BACKBONE.NAME", "resnet"], r"No object named 'resnet' found in 'BACKBONE' reg"),
+        (["MODEL.RESNETS.RES2_OUT_CHANNELS", "32"], r"Must set MODEL.RESNETS.RES2_OUT_CHANNELS"),
         (["MODEL.PGN.RULE", "best"], r"rule must be one of paper, exact, got rule='best'"),
     ],
 )
@@ -193,12 +182,12 @@ def test_bad_input_ends_with_one_clear_error(tmp_path, overrides, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_without_a_gpu_is_an_error():
-    with pytest.raises(ValueError, match="PyTorch finds no CUDA GPU. Add MODEL.DEVICE cpu"):
+    with pytest.raises(ValueError, match=r"PyTorch finds no CUDA GPU\. Add MODEL.DEVICE cpu"):
         check_run(load_cfg(QUICKSTART, ["MODEL.DEVICE", "cuda"]))
 
 
 def test_config_that_is_not_there_or_not_yaml(tmp_path):
-    with pytest.raises(ValueError, match=r"a config must be a readable YAML file, .*missing\.yaml"):
+    with pytest.raises(ValueError, match=r"Config file .*missing\.yaml. does not exist"):
         load_cfg(str(tmp_path / "missing.yaml"))
     (tmp_path / "bad.yaml").write_text("MODEL: [unclosed")
     with pytest.raises(ValueError, match=r"a config must be a readable YAML file"):
@@ -215,11 +204,12 @@ def test_changed_batch_without_learning_rate_is_warned_of(tmp_path, caplog):
 
 RANKS = """
 import sys, torch
-from gn_practical.engine import Trainer, argument_parser, launch, setup
+from gn_practical.engine import Trainer, argument_parser, check_run, launch, setup
 from detectron2.utils import comm
 
 def train(args):
     cfg = setup(args)
+    check_run(cfg)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
     Trainer.test = classmethod(lambda *_: {})
@@ -227,7 +217,7 @@ def train(args):
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     same = comm.all_gather(weights)
     assert comm.get_world_size() == 2 == len(same)
-    assert torch.equal(same[0], same[1]) and trainer.iter == 19
+    assert torch.equal(same[0], same[1]) and trainer.iter == 20
     if comm.is_main_process():
         print("equal parameters on", len(same), "ranks")
 

@@ -26,7 +26,7 @@ def parse_args() -> argparse.Namespace:
     grids.add_argument(
         "--stack",
         choices=("plain", "residual", "pooled", "stages", "calibrated"),
-        help="K along a stack of convolutions",
+        help="K along a stack of convolutional blocks",
     )
     parser.add_argument(
         "--blocks",
@@ -38,6 +38,7 @@ def parse_args() -> argparse.Namespace:
         "--experiments", type=int, help="per row (default: 100_000; draws of weights: 100)"
     )
     parser.add_argument("--loss", default="random", choices=("random", "square", "sum"))
+    parser.add_argument("--activation", default="relu", help="of --extended (default: relu)")
     parser.add_argument("--groups", type=int, default=16, help="G of --stack (default: 16)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--output", metavar="FILE", help="save as .md, .csv, .json or .txt")
@@ -68,7 +69,7 @@ def main() -> None:
         check_output(args.output)
     seed, linear, drawn = args.seed, args.experiments or 100_000, args.experiments or 100
     if args.extended:
-        rows = table1.extended_rows(experiments=linear, seed=seed)
+        rows = table1.extended_rows(experiments=linear, seed=seed, activation=args.activation)
     elif args.convolutions:
         rows = table1.convolution_rows(draws=drawn, seed=seed)
     elif args.stack:

@@ -56,7 +56,7 @@ def exact_factor(group_size: int, activation: Activation = "relu", eps: float = 
         (2.0, 1.0769)
     """
     n = _check_group_size(group_size)
-    rho = 1.0 if activation == "relu" else _slope_moments(activation, n)[1]
+    rho = 1.0 if activation == "relu" else slope_moments(activation, n)[1]
     if eps == 0:
         return (n - 1 - rho) / (n - 3) if n > 3 else inf
     return _factor(n, 1, 1.0, rho, eps)
@@ -226,8 +226,20 @@ def _factor(c: int, m: int, shared: float, rho: float, eps: float) -> float:
     return (n - 1 - rho) / n * integral(1) + left_over
 
 
-def _slope_moments(activation: Activation, n: int) -> tuple[float, float]:
-    """Return E[f'(y)²] and ρ for a normalized value y of a group of n: y = √(n-1) sin θ."""
+def slope_moments(activation: Activation, n: int) -> tuple[float, float]:
+    """Return E[f'(y)²] and ρ = E[y² f'(y)²] / E[f'(y)²] in a group of n values.
+
+    A normalized value of n Gaussians is √(n-1) sin θ, θ with density cos(θ)^(n-3). The first tends
+    to the backward gain B as n grows.
+
+    Args:
+        activation: as for ``activation_gain``.
+        n: values in a group, 2 or more.
+
+    Example:
+        >>> [round(value, 6) for value in slope_moments("relu", 8)]
+        [0.5, 1.0]
+    """
     if n == 2:
         y, weights = torch.tensor([-1.0, 1.0], dtype=torch.float64), torch.full((2,), 0.5)
     else:

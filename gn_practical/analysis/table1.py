@@ -15,12 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from gn_practical.activation_gain import ACTIVATIONS, activation_gain
+from gn_practical.analysis import Row
 from gn_practical.analysis.exact_factor import (
     exact_factor,
     linear_input_correction,
     paper_factor,
     predicted_gradient_variance_ratio,
     shared_fraction,
+    slope_moments,
 )
 from gn_practical.analysis.unit_block import (
     estimate_ratios,
@@ -31,8 +34,6 @@ from gn_practical.analysis.unit_block import (
     relu_maps,
 )
 from gn_practical.num_groups import check_num_groups, gradient_variance_ratio
-
-Row = dict[str, object]
 
 # (n_in, n_out, G). The paper's text was not at hand; what is known of its four rows is that all
 # have groups of four values. These have too, and K = 1 by Eq. 31.
@@ -91,11 +92,12 @@ def extended_rows(
     out_features: int = 384,
     experiments: int = 100_000,
     seed: int = 0,
+    activation: str = "relu",
 ) -> list[Row]:
     """Measure K of Linear blocks over group sizes and n_in/n_out, beside both theories.
 
-    ``factor`` is K n_in/n_out without the part that is due to few input features, and so can be
-    read against ``exact factor`` and ``paper factor``.
+    ``factor`` is K over (n_out/n_in) (B/F), without the part that is due to few input features, so
+    as to be read against ``exact factor`` and ``paper factor``. B is that of a group of n_g.
 
     Args:
         group_sizes: n_g; n_out is ``out_features`` less what makes it a multiple of 2 n_g.
@@ -103,6 +105,7 @@ def extended_rows(
         out_features: about n_out.
         experiments: inputs per row, 100 of them through each weight matrix.
         seed: of the random numbers.
+        activation: name of the activation after the norm; the block's input remains a ReLU's.
 
     Raises:
         ValueError: as :func:`table1_rows`.
@@ -116,16 +119,18 @@ def extended_rows(
     for size, ratio in product(group_sizes, channel_ratios):
         n_out = out_features - out_features % (2 * size)
         blocks.append((round(ratio * n_out), n_out, n_out // size))
-    rows = []
-    for (n_in, n_out, groups), squares in _measure(blocks, experiments, seed, "random"):
+    rows, backward = [], activation_gain(activation)[1]
+    for block, squares in _measure(blocks, experiments, seed, "random", activation):
+        n_in, n_out, groups = block
         measured, size = estimate_ratios(squares)["D"], n_out // groups
-        scale = n_in / n_out / linear_input_correction(n_in)
-        exact = exact_factor(size)
+        gain = 2 * slope_moments(activation, size)[0]  # B/F; the input's F is ½
+        scale = n_in / n_out / gain / linear_input_correction(n_in)
+        exact = exact_factor(size, activation)
         rows.append(
             {
                 **{"n_g": size, "n_in": n_in, "n_out": n_out, "G": groups},
                 "K": measured.mean,
-                "K by Eq. 31": gradient_variance_ratio(n_in, n_out, groups),
+                "K by Eq. 31": gradient_variance_ratio(*block, 0.5 / backward),
                 "factor": measured.mean * scale,
                 "error": measured.error * scale,
                 "exact factor": exact,
@@ -314,7 +319,11 @@ def _run_stack(
 
 
 def _measure(
-    blocks: Iterable[tuple[int, int, int]], experiments: int, seed: int, loss: str
+    blocks: Iterable[tuple[int, int, int]],
+    experiments: int,
+    seed: int,
+    loss: str,
+    activation: str = "relu",
 ) -> Iterator[tuple[tuple[int, int, int], Tensor]]:
     """Run the experiments of each block in chunks of weight matrices, with a progress bar."""
     if experiments < 2 * _INPUTS_PER_DRAW:
@@ -333,7 +342,10 @@ def _measure(
             for start in range(0, draws, chunk):
                 now = min(chunk, draws - start)
                 part = linear_gradients(
-                    *block, now, _INPUTS_PER_DRAW, loss=loss, generator=generator
+                    *(*block, now, _INPUTS_PER_DRAW),
+                    loss=loss,
+                    activation=ACTIVATIONS[activation],
+                    generator=generator,
                 )
                 parts.append(part)
                 progress.update(now)

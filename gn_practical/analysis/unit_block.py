@@ -62,10 +62,11 @@ def gradient_squares(
     *,
     draws: int = 1,
     loss: str = "random",
+    activation: Callable[[Tensor], Tensor] = torch.relu,
     generator: torch.Generator | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Run one unit block with ReLU forward and backward and return V(u), V(x), V(y), V(z).
+    """Run one unit block forward and backward and return V(u), V(x), V(y), V(z).
 
     Args:
         weight_layer: maps u to x, the input of the norm.
@@ -73,6 +74,7 @@ def gradient_squares(
         num_groups: G.
         draws: independent parts to average over one by one.
         loss: a name in ``LOSSES``.
+        activation: f.
         generator: source of the loss's random numbers.
         eps: ε of the norm.
 
@@ -92,7 +94,7 @@ def gradient_squares(
     x = weight_layer(u)
     check_num_groups(num_groups, x.shape[1])
     y = F.group_norm(x, num_groups, eps=eps)
-    z = y.relu()
+    z = activation(y)
     target = torch.randn(z.shape, generator=generator)
     gradients = torch.autograd.grad(LOSSES[loss](z, target), (u, x, y, z))
     squares = [g.reshape(draws, -1).square().mean(dim=1).double() for g in gradients]
@@ -107,6 +109,7 @@ def linear_gradients(
     inputs_per_draw: int,
     *,
     loss: str = "random",
+    activation: Callable[[Tensor], Tensor] = torch.relu,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw Linear unit blocks, as the module says, and return V(u), V(x), V(y), V(z) of each.
@@ -118,6 +121,7 @@ def linear_gradients(
         draws: weight matrices, all held at once.
         inputs_per_draw: inputs through each of them.
         loss: a name in ``LOSSES``.
+        activation: f.
         generator: source of the random numbers.
 
     Shape:
@@ -139,6 +143,7 @@ def linear_gradients(
         num_groups,
         draws=draws,
         loss=loss,
+        activation=activation,
         generator=generator,
     )
 

@@ -142,7 +142,7 @@ def _way_out(key: str, path: str, metadata: Metadata) -> str:
     archive = os.path.join(coco, "annotations", os.path.basename(path) + ".zip")
     if key == "panoptic_root" and in_coco and os.path.isfile(archive):
         return f"Run: unzip -q {archive} -d {coco}"
-    if not path.startswith(DATASETS_ROOT + os.sep):
+    if not path.startswith(os.path.join(DATASETS_ROOT, "")):
         return "Check its path in the config."
     source = "Download COCO from cocodataset.org and unpack it there, or set" if in_coco else "Set"
     state = "as it is set" if "DETECTRON2_DATASETS" in os.environ else "it is not set"

@@ -34,9 +34,7 @@ class AutocastTrainer(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         self.device = next(model.parameters()).device.type
         self.dtype = DTYPES[dtype]
-        self.grad_scaler = torch.amp.GradScaler(
-            self.device, enabled=self.dtype is torch.float16
-        )
+        self.grad_scaler = torch.amp.GradScaler(self.device, enabled=self.dtype is torch.float16)
 
     def run_step(self) -> None:
         """Compute the losses under autocast, then step in the precision of the parameters."""

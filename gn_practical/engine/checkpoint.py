@@ -56,7 +56,7 @@ class GroupsCheckpointer(DetectionCheckpointer):
         except Exception as error:  # of many kinds: a cut zip, a pickle that is refused, ...
             raise ValueError(
                 f"a checkpoint must be a whole file of tensors and plain containers, got {f}: "
-                f"{str(error).splitlines()[0]} Load another checkpoint, or save this one's state "
+                f"{(str(error) or type(error).__name__).splitlines()[0]} Load another checkpoint, or save this one's state "
                 "dict alone."
             ) from error
         if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):

@@ -59,18 +59,22 @@ def _evaluate(cfg: Any, args: Namespace) -> dict[str, Any]:
 def one_clear_error(log_path: str = "") -> Iterator[None]:
     """End the process with the message alone of an error that the user can mend.
 
-    ValueError and FloatingPointError are such; any other shows its traceback. The traceback is
-    kept in a file.
+    Such are ValueError, FloatingPointError, and what Detectron2 says of a config with an assertion
+    or of a name that a registry does not know; any other shows its traceback. The traceback is kept
+    in a file.
 
     Args:
         log_path: the file; none if empty.
     """
     try:
         yield
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, AssertionError, KeyError) as error:
+        message = str(error.args[0]) if error.args else ""
+        if not message or (isinstance(error, KeyError) and "registry" not in message):
+            raise
         where = ""
         if log_path:
             with open(log_path, "a") as file:
                 file.write(traceback.format_exc())
             where = f" (traceback: {log_path})"
-        raise SystemExit(f"error: {error}{where}") from error
+        raise SystemExit(f"error: {message}{where}") from error

@@ -10,6 +10,8 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from gn_practical.config import add_pgn_config
 from gn_practical.data import register_datasets
@@ -55,6 +57,7 @@ def setup(args: Namespace) -> CfgNode:
     """
     cfg = load_cfg(args.config_file, args.opts)
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gn_practical")
     _warn_learning_rate(args.config_file, cfg)
     return cfg
 
@@ -100,7 +103,7 @@ def _merge(config_file: str, opts: Sequence[str]) -> CfgNode:
         if config_file:
             cfg.merge_from_file(config_file)
         cfg.merge_from_list(list(opts))
-    except (KeyError, AssertionError, ValueError) as error:
+    except (KeyError, AssertionError, ValueError) as error:  # yacs raises all three
         raise ValueError(_explain(str(error.args[0] if error.args else error), known)) from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"a config must be a readable YAML file, got {error}") from error
@@ -110,7 +113,7 @@ def _merge(config_file: str, opts: Sequence[str]) -> CfgNode:
 def _explain(message: str, known: list[str]) -> str:
     missing = re.search(r"[Nn]on-existent (?:config )?key: (\S+)", message)
     if not missing:
-        return f"the config must have values of the types that its keys hold, got: {message}"
+        return f"the config must be a file of known keys and values of their types: {message}"
     near = difflib.get_close_matches(missing[1], known, n=3)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return f"config keys must exist, got {missing[1]}.{hint}"

@@ -37,6 +37,9 @@ def _add_group_norm_keys(cfg: CfgNode) -> None:
     # ((pattern, in_channels), ...): input channels of the weight layer that feeds a norm, where
     # they cannot be inferred from the modules.
     cfg.MODEL.PGN.IN_CHANNELS = ()
+    # Iterations between two measurements of the gradient variance ratios of every group norm's
+    # unit block, logged while training as isometry/{A,B,C,K}/<layer>; 0 for none. docs/audit.md.
+    cfg.MODEL.PGN.AUDIT_PERIOD = 0
 
     cfg.MODEL.WS = CfgNode()
     # Weight standardization of every convolution that a norm follows.

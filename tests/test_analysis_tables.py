@@ -242,3 +242,23 @@ def test_exact_factor_is_that_of_autograd():
     g = torch.randn(4000, 1, 8, generator=torch.Generator().manual_seed(1))
     (F.group_norm(x, 1).relu() * g).sum().backward()
     assert 2 * x.grad.square().mean().item() == pytest.approx(exact_factor(8), rel=0.06)
+
+
+def chain(scale):
+    """Two unit blocks; the first one's output times ``scale``. Returns output and gradients."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(8, 8, 3, 3, generator=generator) for _ in range(2)]
+    u = torch.randn(2, 8, 6, 6, generator=generator)
+    for weight in weights:
+        weight.requires_grad_()
+    middle = scale * F.group_norm(F.conv2d(u, weights[0], padding=1), 2, eps=0).relu()
+    output = F.group_norm(F.conv2d(middle, weights[1], padding=1), 2, eps=0).relu()
+    upstream = torch.randn(output.shape, generator=generator)
+    return output, torch.autograd.grad((output * upstream).sum(), [*weights, middle])
+
+
+def test_scale_changes_k_but_no_weight_gradient():
+    (output, plain), (same, scaled) = chain(1.0), chain(3.0)
+    torch.testing.assert_close(same, output)
+    torch.testing.assert_close(scaled[:2], plain[:2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scaled[2], plain[2] / 3)

@@ -311,6 +311,7 @@ class BlockRecorder(TorchFunctionMode):
         # nothing before the block is trained, the gradient is asked for all the same.
         u = u.view_as(u) if u.requires_grad else u.detach().requires_grad_()
         _inherit(u, args)
+        meter.input_size = tuple(u.shape[2:])
         u.register_hook(partial(meter.add_gradient, "u"))
         return (u, *args[1:])
 
@@ -355,6 +356,7 @@ class _Meter:
         self.depth, self.parent = 0, ""
         self.activation = ""
         self.num_groups = block.norm.num_groups
+        self.input_size: tuple[int, ...] = ()
         self._sums: dict[str, float | Tensor] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
 
@@ -370,6 +372,8 @@ class _Meter:
         self._add("signal", squares, x.numel())
         self._add("common", common, x.numel())
         self._add("samples", 0.0, len(x))
+        inside = _inside(self.block.layer, self.input_size, tuple(x.shape[2:]))
+        self._add("inside", inside * x.numel(), x.numel())
 
     def follow(self, name: str, result: Tensor) -> None:
         """Note what acts on the norm's output; an activation's result is the block's output."""
@@ -543,11 +547,28 @@ def _exact_ratio(meter: _Meter) -> float | None:
         weight_layer = squares / layer.in_channels
     else:  # every output value is reached by one
         weight_layer = squares / norm.num_channels * meter.count("x") / meter.count("u")
+        weight_layer *= meter.mean("inside")
     size = norm.num_channels // meter.num_groups
     pixels = round(meter.count("signal") / meter.count("samples") / norm.num_channels)
     shared = min(meter.mean("common") / variance, 1.0)
     factor = convolution_factor(size, pixels, shared, norm.eps / variance)
     return weight_layer * factor * scale / variance * gain
+
+
+def _inside(layer: nn.Module | None, in_size: tuple[int, ...], out_size: tuple[int, ...]) -> float:
+    """Return the share of a convolution's taps that lie inside its input, not in the padding."""
+    padding = getattr(layer, "padding", None)
+    if not (isinstance(padding, tuple) and len(padding) == len(in_size) == len(out_size)):
+        return 1.0
+    share = 1.0
+    options = (layer.kernel_size, layer.stride, padding, layer.dilation)
+    for n_in, n_out, kernel, stride, pad, dilation in zip(in_size, out_size, *options, strict=True):
+        count = 0
+        for start in range(-pad, kernel * dilation - pad, dilation):  # output o sees start + o s
+            first, last = max(0, -(start // stride)), min(n_out - 1, (n_in - 1 - start) // stride)
+            count += max(0, last - first + 1)
+        share *= count / (kernel * n_out)
+    return share
 
 
 @cache

@@ -86,7 +86,7 @@ def convolution_factor(
 
     Example:
         >>> round(convolution_factor(64, 1024), 3), round(convolution_factor(4, 1), 3)
-        (1.005, 2.0)
+        (1.008, 2.0)
     """
     if not 0 <= shared <= 1:
         raise ValueError(
@@ -132,7 +132,7 @@ def predicted_gradient_variance_ratio(
             :func:`convolution_factor`.
 
     Example:
-        >>> predicted_gradient_variance_ratio(256, 128, 32)
+        >>> round(predicted_gradient_variance_ratio(256, 128, 32), 6)
         1.0
         >>> round(predicted_gradient_variance_ratio(128, 64, 1, in_size=1024, out_size=256), 3)
         0.126
@@ -191,6 +191,7 @@ def linear_input_correction(in_features: int) -> float:
 
     For u the ReLU of n_in independent unit Gaussians. The block's backward pass loses one of n_in
     directions (dL/dx is orthogonal to x = W u), and 1/σ² fluctuates with |u|²: 1 + 4/n_in in all.
+    For some tens of features and more; with few, all may be zero at once, which is left out.
 
     Example:
         >>> round(linear_input_correction(128), 3)
@@ -201,7 +202,6 @@ def linear_input_correction(in_features: int) -> float:
         t = exp(log_t)
         return t * (0.5 + 0.5 / (1 + 2 * t) ** 0.5) ** in_features
 
-    # Twelve features at least: below, all may be zero at once and the mean is infinite.
     return 0.5 * (in_features - 1) * quad(integrand, -25, 12, limit=400)[0]
 
 

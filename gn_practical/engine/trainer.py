@@ -28,6 +28,7 @@ from gn_practical.data import CheckedDatasetMapper
 from gn_practical.engine.autocast import AutocastTrainer
 from gn_practical.engine.checkpoint import GroupsCheckpointer
 from gn_practical.engine.checks import check_model
+from gn_practical.engine.isometry_hook import IsometryHook
 from gn_practical.evaluation import build_evaluator, plot_metrics, results_table, write_results
 from gn_practical.modeling import bind_model, build_model
 
@@ -90,6 +91,9 @@ class Trainer(DefaultTrainer):
             built.append(hooks.EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model)))
         if comm.is_main_process():
             built.append(PlotCurves(self.cfg.OUTPUT_DIR))
+            if self.cfg.MODEL.PGN.AUDIT_PERIOD:
+                # First, so that what it logs is there when the writers write.
+                built.insert(0, IsometryHook(self.cfg.MODEL.PGN.AUDIT_PERIOD))
         return built
 
     @classmethod

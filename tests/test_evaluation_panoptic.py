@@ -11,11 +11,10 @@ from detectron2.data.datasets import register_coco_panoptic_separated
 from detectron2.utils import comm
 from PIL import Image
 
+from gn_practical.data.coco_format import id_to_rgb, rgb_to_id
 from gn_practical.evaluation import PanopticEvaluator
 from gn_practical.evaluation.panoptic import (
     panoptic_quality,
-    rgb_to_segment_ids,
-    segment_ids_to_rgb,
 )
 
 HEIGHT, WIDTH = 40, 56
@@ -91,8 +90,8 @@ def write_dataset(root, truths):
     images, annotations, instances = [], [], []
     for image_id, (ids, segments) in enumerate(truths, start=1):
         name = f"{image_id:03d}"
-        Image.fromarray(segment_ids_to_rgb(ids)).save(root / "panoptic" / f"{name}.png")
-        Image.fromarray(segment_ids_to_rgb(ids)).save(root / "images" / f"{name}.jpg")
+        Image.fromarray(id_to_rgb(ids)).save(root / "panoptic" / f"{name}.png")
+        Image.fromarray(id_to_rgb(ids)).save(root / "images" / f"{name}.jpg")
         labels = np.full(ids.shape, 255, dtype=np.uint8)
         for segment in segments:
             mask = ids == segment["id"]
@@ -327,7 +326,7 @@ def test_predictions_are_kept_in_coco_format(register, tmp_path):
     assert [a["image_id"] for a in written["annotations"]] == [1, 2]
     for (ids, segments), annotation in zip(truths, written["annotations"], strict=True):
         png = Image.open(tmp_path / "out" / "panoptic" / annotation["file_name"])
-        np.testing.assert_array_equal(rgb_to_segment_ids(np.array(png)), ids)
+        np.testing.assert_array_equal(rgb_to_id(np.array(png)), ids)
         categories = {s["id"]: s["category_id"] for s in segments}
         assert {s["id"]: s["category_id"] for s in annotation["segments_info"]} == categories
 
@@ -360,7 +359,7 @@ def test_an_unknown_class_is_an_error_with_the_way_out(register):
 
 def test_segment_ids_survive_the_png_code():
     ids = np.array([[0, 1, 255], [256, 65536, 2**24 - 1]])
-    np.testing.assert_array_equal(rgb_to_segment_ids(segment_ids_to_rgb(ids)), ids)
+    np.testing.assert_array_equal(rgb_to_id(id_to_rgb(ids)), ids)
 
 
 def test_no_class_at_all_is_nan():

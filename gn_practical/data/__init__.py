@@ -1,11 +1,11 @@
 """The embedded data set, registration of a user's own data, checks before training."""
 
-from .checks import check_datasets
-from .errors import DatasetError
-from .mapper import CheckedDatasetMapper
-from .prepare import prepare_coco, prepare_stuff, write_instances_json
-from .registration import register_datasets, register_scenes
-from .scenes import ensure_scenes
+from gn_practical.data.checks import check_datasets
+from gn_practical.data.errors import DatasetError
+from gn_practical.data.mapper import CheckedDatasetMapper
+from gn_practical.data.prepare import prepare_coco, prepare_stuff, write_instances_json
+from gn_practical.data.registration import register_datasets, register_scenes
+from gn_practical.data.scenes import ensure_scenes
 
 __all__ = [
     "CheckedDatasetMapper",

@@ -14,10 +14,10 @@ from detectron2.data.catalog import Metadata
 from detectron2.utils import comm
 from PIL import Image
 
-from .coco_format import VOID, read_json
-from .errors import DatasetError
-from .registration import DATASETS_ROOT, SCENES_ROOT
-from .scenes import ensure_scenes
+from gn_practical.data.coco_format import VOID, read_json
+from gn_practical.data.errors import DatasetError
+from gn_practical.data.registration import DATASETS_ROOT, SCENES_ROOT
+from gn_practical.data.scenes import ensure_scenes
 
 _logger = logging.getLogger(__name__)
 

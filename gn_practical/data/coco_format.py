@@ -16,7 +16,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.utils.colormap import colormap
 
-from .errors import DatasetError
+from gn_practical.data.errors import DatasetError
 
 VOID = 255  # label of no class in a stuff PNG
 
@@ -182,6 +182,10 @@ def rgb_to_id(rgb: np.ndarray) -> np.ndarray:
 
     Shape:
         ``(H, W, 3)`` uint8 to ``(H, W)`` uint32.
+
+    Example:
+        >>> rgb_to_id(np.array([[[2, 1, 0]]], dtype=np.uint8)).tolist()
+        [[258]]
     """
     return rgb.astype(np.uint32) @ np.array([1, 256, 65536], np.uint32)
 

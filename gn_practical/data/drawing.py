@@ -9,9 +9,11 @@ THING_CLASSES = ("disc", "box", "triangle", "star", "ring")
 STUFF_CLASSES = ("sky", "grass", "water", "sand")
 
 _SUPERSAMPLING = 4  # masks are drawn this much larger, for smooth outlines
-_THING_SIZE = (18 / 128, 64 / 128)  # diameter as a fraction of the image side
-_MIN_VISIBLE_PIXELS = 60
-_MIN_VISIBLE_FRACTION = 0.4  # less of a thing than this and its class can only be guessed
+_THING_SIZE = (26 / 128, 72 / 128)  # diameter as a fraction of the image side
+_HUES = {"disc": 0, "box": 72, "triangle": 144, "star": 216, "ring": 288}  # degrees
+_HUE_SPREAD = 30
+_MIN_VISIBLE_PIXELS = 120
+_MIN_VISIBLE_FRACTION = 0.5  # less of a thing than this and its class can only be guessed
 _MIN_STUFF_PIXELS = 64
 
 Generator = np.random.Generator
@@ -29,10 +31,10 @@ class Segment:
 def draw_scene(rng: Generator, size: int) -> tuple[np.ndarray, list[Segment]]:
     """Draw a scene.
 
-    The class of a thing shows in its shape alone: colours and textures are drawn at random for
-    every thing. Things lie over each other in painter's order; those that stay hidden for the
-    most part are left out of the picture. What is left of a stuff region of fewer than 64 pixels
-    belongs to no segment (void).
+    The class of a thing shows in its shape and, less surely, in its hue; brightness, second colour
+    and texture are drawn at random for every thing. Things lie over each other in painter's order;
+    those that stay hidden for the most part are left out of the picture. What is left of a stuff
+    region of fewer than 64 pixels belongs to no segment (void).
 
     Args:
         rng: source of all randomness.
@@ -52,8 +54,8 @@ def draw_scene(rng: Generator, size: int) -> tuple[np.ndarray, list[Segment]]:
     image, regions = _draw_stuff(rng, size)
     covered = np.zeros((size, size), bool)
     things = _place_things(rng, size)
-    for _, alpha in things:
-        image = _paint_thing(rng, image, alpha)
+    for class_index, alpha in things:
+        image = _paint_thing(rng, image, class_index, alpha)
         covered |= alpha >= 0.5
     image *= rng.uniform(0.85, 1.1)
     image += rng.normal(0, rng.uniform(2, 6), image.shape)
@@ -144,9 +146,9 @@ _STUFF_TEXTURES = (_sky, _grass, _water, _sand)
 
 
 def _place_things(rng: Generator, size: int) -> list[tuple[int, np.ndarray]]:
-    """Choose two to five things, in painter's order; drop those that others hide."""
+    """Choose two to four things, in painter's order; drop those that others hide."""
     things = []
-    for _ in range(rng.integers(2, 6)):
+    for _ in range(rng.integers(2, 5)):
         class_index = int(rng.integers(len(THING_CLASSES)))
         things.append((class_index, _thing_alpha(rng, class_index, size)))
     kept, covered = [], np.zeros((size, size), bool)
@@ -192,10 +194,13 @@ def _polygon(corners: int) -> np.ndarray:
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def _paint_thing(rng: Generator, image: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Blend a thing of random colours and texture, with a darker rim, into the image."""
+def _paint_thing(
+    rng: Generator, image: np.ndarray, class_index: int, alpha: np.ndarray
+) -> np.ndarray:
+    """Blend a thing of its class's hue and a random texture, with a darker rim, into the image."""
     size = len(alpha)
-    first, second = _random_colour(rng), _random_colour(rng)
+    hue = _HUES[THING_CLASSES[class_index]] + rng.uniform(-_HUE_SPREAD, _HUE_SPREAD)
+    first, second = _random_colour(rng, hue), _random_colour(rng, rng.uniform(0, 360))
     pattern = _pattern(rng, size)
     texture = first * (1 - pattern) + (0.5 * first + 0.5 * second) * pattern
     inner = cv2.erode(alpha, np.ones((3, 3)), iterations=max(1, size // 128))
@@ -203,8 +208,8 @@ def _paint_thing(rng: Generator, image: np.ndarray, alpha: np.ndarray) -> np.nda
     return image + alpha[..., None] * (texture - image)
 
 
-def _random_colour(rng: Generator) -> np.ndarray:
-    hsv = rng.uniform([0, 0.45, 0.55], [360, 1, 1]).astype(np.float32)
+def _random_colour(rng: Generator, hue: float) -> np.ndarray:
+    hsv = np.float32([hue % 360, rng.uniform(0.45, 1), rng.uniform(0.55, 1)])
     return 255.0 * cv2.cvtColor(hsv[None, None], cv2.COLOR_HSV2RGB)[0, 0]
 
 

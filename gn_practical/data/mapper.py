@@ -7,7 +7,7 @@ import numpy as np
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import read_image
 
-from .errors import DatasetError
+from gn_practical.data.errors import DatasetError
 
 _WAY_OUT = "Restore the file, or remove the image from the data set's json."
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .coco_format import (
+from gn_practical.data.coco_format import (
     VOID,
     mask_annotation,
     read_json,
@@ -21,7 +21,7 @@ from .coco_format import (
     sort_categories,
     stuff_labels,
 )
-from .errors import DatasetError
+from gn_practical.data.errors import DatasetError
 
 _logger = logging.getLogger(__name__)
 

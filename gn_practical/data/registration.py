@@ -13,9 +13,14 @@ from detectron2.data.datasets import (
     register_coco_panoptic_separated,
 )
 
-from .coco_format import instances_metadata, panoptic_metadata, read_categories, read_json
-from .errors import DatasetError
-from .scenes import CATEGORIES
+from gn_practical.data.coco_format import (
+    instances_metadata,
+    panoptic_metadata,
+    read_categories,
+    read_json,
+)
+from gn_practical.data.errors import DatasetError
+from gn_practical.data.scenes import CATEGORIES
 
 # Read once, at import, as Detectron2 does for its own data sets: set DETECTRON2_DATASETS before.
 DATASETS_ROOT = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))

@@ -13,14 +13,14 @@ from iopath.common.file_io import file_lock
 from PIL import Image
 from tqdm import tqdm
 
-from .coco_format import VOID, id_to_rgb, mask_annotation, mask_box
-from .drawing import STUFF_CLASSES, THING_CLASSES, Segment, draw_scene
-from .errors import DatasetError
+from gn_practical.data.coco_format import VOID, id_to_rgb, mask_annotation, mask_box
+from gn_practical.data.drawing import STUFF_CLASSES, THING_CLASSES, Segment, draw_scene
+from gn_practical.data.errors import DatasetError
 
 IMAGE_SIZE = 128
 NUM_IMAGES = {"train": 400, "val": 100}
 
-_VERSION = 1  # raise it with every change of what is drawn: older files are then made anew
+_VERSION = 2  # raise it with every change of what is drawn: older files are then made anew
 _SEED = 20230203
 _ID_STEP = 70_001  # segment ids are multiples of it, so that they use all three channels of a PNG
 _COLOURS = {

@@ -19,39 +19,12 @@ from hotcoco.panoptic import PanopticEval
 from PIL import Image
 from tabulate import tabulate
 
+from gn_practical.data.coco_format import id_to_rgb
+
 logger = logging.getLogger(__name__)
 
 Annotation = dict[str, Any]
 Tallies = dict[int, np.ndarray]
-
-
-def segment_ids_to_rgb(segment_ids: np.ndarray) -> np.ndarray:
-    """Encode segment ids as the colours of a COCO panoptic PNG: id = R + 256·G + 256²·B.
-
-    Args:
-        segment_ids: ids in [0, 256³).
-
-    Shape:
-        ``(H, W)`` → ``(H, W, 3)``, uint8.
-
-    Example:
-        >>> segment_ids_to_rgb(np.array([[258]])).tolist()
-        [[[2, 1, 0]]]
-    """
-    return (segment_ids[..., None] >> np.array([0, 8, 16]) & 255).astype(np.uint8)
-
-
-def rgb_to_segment_ids(rgb: np.ndarray) -> np.ndarray:
-    """Decode the colours of a COCO panoptic PNG; the inverse of :func:`segment_ids_to_rgb`.
-
-    Shape:
-        ``(H, W, 3)`` → ``(H, W)``, int32.
-
-    Example:
-        >>> rgb_to_segment_ids(np.array([[[2, 1, 0]]], dtype=np.uint8)).tolist()
-        [[258]]
-    """
-    return rgb.astype(np.int32) @ np.array([1, 256, 65536], dtype=np.int32)
 
 
 def split_panoptic_labels(labels: np.ndarray, metadata: Metadata) -> tuple[np.ndarray, list[dict]]:
@@ -161,7 +134,7 @@ class PanopticEvaluator(DatasetEvaluator):
             file_name = self._png_name(image["file_name"])
             path = os.path.join(self._png_dir, file_name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            Image.fromarray(segment_ids_to_rgb(segment_ids)).save(path, compress_level=1)
+            Image.fromarray(id_to_rgb(segment_ids)).save(path, compress_level=1)
             self._annotations.append(
                 {
                     "image_id": image["image_id"],

@@ -17,7 +17,8 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.visualizer import GenericMask
 from PIL import Image
 
-from gn_practical.evaluation.panoptic import rgb_to_segment_ids, split_panoptic_labels
+from gn_practical.data.coco_format import rgb_to_id
+from gn_practical.evaluation.panoptic import split_panoptic_labels
 from gn_practical.evaluation.segments import (
     Segment,
     draw_segments,
@@ -137,7 +138,7 @@ class PictureEvaluator(DatasetEvaluator):
         annotation = self._panoptic_annotations[image["image_id"]]
         path = os.path.join(self._metadata.panoptic_root, annotation["file_name"])
         with PathManager.open(path, "rb") as f:
-            segment_ids = rgb_to_segment_ids(np.array(Image.open(f).convert("RGB")))
+            segment_ids = rgb_to_id(np.array(Image.open(f).convert("RGB"))).astype(np.int32)
         things = self._metadata.thing_dataset_id_to_contiguous_id
         ids = {**self._metadata.stuff_dataset_id_to_contiguous_id, **things}
         segments_info = [

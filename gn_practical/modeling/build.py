@@ -24,6 +24,7 @@ def build_model(cfg: CfgNode) -> nn.Module:
 
     Example:
         >>> from detectron2 import model_zoo
+        >>> from gn_practical import add_pgn_config
         >>> cfg = model_zoo.get_config("Misc/mask_rcnn_R_50_FPN_3x_gn.yaml")
         >>> add_pgn_config(cfg)
         >>> cfg.MODEL.DEVICE = "cpu"

@@ -59,7 +59,16 @@ def parse_args() -> argparse.Namespace:
     for name in ("num_batches", "images_per_batch", "image_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    split_overrides(args)
     return args
+
+
+def split_overrides(args: argparse.Namespace) -> None:
+    """Give back the overrides that --groups, which takes any number of words, has swallowed."""
+    keys = [index for index, word in enumerate(args.groups) if word.isupper()]
+    if keys:
+        args.opts = args.groups[keys[0] :] + args.opts
+        args.groups = args.groups[: keys[0]]
 
 
 def audit(args: argparse.Namespace) -> None:
@@ -68,7 +77,7 @@ def audit(args: argparse.Namespace) -> None:
 
     from gn_practical import build_model
     from gn_practical.analysis.audit import audit_isometry, choose_groups, find_unit_blocks
-    from gn_practical.analysis.audit_report import format_summary, save_audit
+    from gn_practical.analysis.audit_report import save_audit
     from gn_practical.engine import GroupsCheckpointer, check_run
 
     cfg = read_config(args)
@@ -81,12 +90,9 @@ def audit(args: argparse.Namespace) -> None:
         choose_groups(choice, blocks)
     GroupsCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     batches = synthetic_batches(cfg, args) if args.synthetic else real_batches(cfg, args)
-    rows = audit_isometry(
-        model.train(), batches, groups=args.groups, seed=args.seed, progress=True
-    )
+    rows = audit_isometry(model.train(), batches, groups=args.groups, seed=args.seed, progress=True)
     folder = os.path.join(cfg.OUTPUT_DIR, "audit")
-    about = {key: value for key, value in vars(args).items()}
-    print(save_audit(rows, folder, about))
+    print(save_audit(rows, folder, vars(args)))
     print(f"{len(blocks)} unit blocks; table, JSON, CSV and picture are in {folder}")
 
 
@@ -98,6 +104,8 @@ def read_config(args: argparse.Namespace) -> "CfgNode":
     small = [
         *("INPUT.MIN_SIZE_TRAIN", f"({size},)", "INPUT.MAX_SIZE_TRAIN", str(2 * args.image_size)),
         *("SOLVER.IMS_PER_BATCH", str(args.images_per_batch), "SOLVER.REFERENCE_WORLD_SIZE", "0"),
+        # The box head on 512 regions would take longer than all the rest.
+        *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "64"),
         *("DATALOADER.NUM_WORKERS", "0", "DATASETS.TEST", "()", "SEED", str(args.seed)),
     ]
     return load_cfg(args.config_file, small + args.opts)

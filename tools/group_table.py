@@ -26,7 +26,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--format", choices=FORMATS, default="text", help="(default: text)")
     parser.add_argument("--output", metavar="FILE", help="write there instead")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
-    return parser.parse_args()
+    args = parser.parse_args()
+    split_overrides(args)
+    return args
+
+
+def split_overrides(args: argparse.Namespace) -> None:
+    """Give back the overrides that --groups, which takes any number of words, has swallowed."""
+    keys = [index for index, word in enumerate(args.groups) if word.isupper()]
+    if keys:
+        args.opts = args.groups[keys[0] :] + args.opts
+        args.groups = args.groups[: keys[0]]
 
 
 def main() -> None:

@@ -161,9 +161,10 @@ def audit_isometry(
     if not batches:
         raise ValueError("batches must hold at least one batch, got none. Give one.")
     rows: list[BlockAudit] = []
-    with _preserved(model, blocks), tqdm(
-        total=len(choices) * len(batches), disable=not progress, unit="batch"
-    ) as bar:
+    with (
+        _preserved(model, blocks),
+        tqdm(total=len(choices) * len(batches), disable=not progress, unit="batch") as bar,
+    ):
         for choice, numbers in choices.items():
             bar.set_description(f"groups: {choice}")
             for block, number in zip(blocks, numbers, strict=True):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ def plot_audit(rows: Sequence[BlockAudit], path: str | Path) -> None:
         layout="constrained",
     )
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    for axes, colour, (choice, blocks) in zip(panels, _cycle(choices), choices.items(), strict=False):
+    for index, (choice, blocks) in enumerate(choices.items()):
+        axes, colour = panels[index], _COLOURS[index % len(_COLOURS)]
         _draw_ratios(axes, choice, blocks, places, colour)
         _draw_product(panels[-1], choice, blocks, places, colour)
     for axes in panels:
@@ -123,6 +125,8 @@ def plot_audit(rows: Sequence[BlockAudit], path: str | Path) -> None:
         axes.set_ylim(min(low), max(high))
     panels[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)
     panels[-1].set_ylabel("running product of K")
+    for style, label in (("-", "measured"), ("--", "exact factor"), (":", "Eq. 31")):
+        panels[-1].plot([], [], style, color="black", label=label)
     panels[-1].legend(loc="best", fontsize="small", ncols=2)
     panels[-1].set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
     figure.suptitle("Variance of the gradient: block input over block output", x=0.01, ha="left")
@@ -135,10 +139,6 @@ def _by_choice(rows: Sequence[BlockAudit]) -> dict[str, list[BlockAudit]]:
     for row in rows:
         choices.setdefault(row.choice, []).append(row)
     return choices
-
-
-def _cycle(choices: dict[str, list[BlockAudit]]) -> list[str]:
-    return [_COLOURS[index % len(_COLOURS)] for index in range(len(choices))]
 
 
 def _points(blocks: list[BlockAudit], name: str, places: dict[str, int]) -> tuple[list, list]:
@@ -171,9 +171,9 @@ def _draw_product(
         path.append(by_layer[path[-1].parent])
     beside = [b for b in blocks if b not in path and b.depth]
     axes.plot(*_points(beside, "product", places), ".", color=colour, alpha=0.6)
-    axes.plot(*_points(path, "product", places), color=colour, label=f"{choice}, measured")
-    axes.plot(*_points(path, "product_exact", places), "--", color=colour, label="exact factor")
-    axes.plot(*_points(path, "product_paper", places), ":", color=colour, label="Eq. 31")
+    axes.plot(*_points(path, "product", places), color=colour, label=f"groups: {choice}")
+    axes.plot(*_points(path, "product_exact", places), "--", color=colour)
+    axes.plot(*_points(path, "product_paper", places), ":", color=colour)
 
 
 def _finish(axes: Axes, layers: list[str]) -> None:
@@ -181,7 +181,7 @@ def _finish(axes: Axes, layers: list[str]) -> None:
     axes.axhline(1, color="black", linewidth=0.8)
     axes.grid(axis="y", alpha=0.3)
     axes.margins(x=0.01)
-    for index, (before, after) in enumerate(zip(layers, layers[1:], strict=False)):
+    for index, (before, after) in enumerate(pairwise(layers)):
         if _part(before) != _part(after):
             axes.axvline(index + 0.5, color="grey", linewidth=0.6, linestyle="--")
 
@@ -190,5 +190,3 @@ def _part(layer: str) -> str:
     """Return the part of the model that a layer lies in, such as backbone.bottom_up.res2."""
     names = layer.split(".")
     return ".".join(names[: 3 if names[1:2] == ["bottom_up"] else 1])
-
-

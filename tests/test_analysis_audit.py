@@ -13,14 +13,10 @@ from torch import nn
 from torchvision.models import resnet18
 
 from gn_practical import PracticalGroupNorm, bind_group_norms, build_model
-from gn_practical.analysis.audit import (
-    BlockRecorder,
-    _inside,
-    audit_isometry,
-    choose_groups,
-    find_unit_blocks,
-)
+from gn_practical.analysis.audit import audit_isometry
 from gn_practical.analysis.audit_report import format_audit, save_audit
+from gn_practical.analysis.blocks import choose_groups, find_unit_blocks
+from gn_practical.analysis.recorder import BlockRecorder, _inside
 from gn_practical.engine import load_cfg
 from gn_practical.engine.isometry_hook import IsometryHook
 

@@ -76,8 +76,9 @@ def audit(args: argparse.Namespace) -> None:
     from detectron2.utils.env import seed_all_rng
 
     from gn_practical import build_model
-    from gn_practical.analysis.audit import audit_isometry, choose_groups, find_unit_blocks
+    from gn_practical.analysis.audit import audit_isometry
     from gn_practical.analysis.audit_report import save_audit
+    from gn_practical.analysis.blocks import choose_groups, find_unit_blocks
     from gn_practical.engine import GroupsCheckpointer, check_run
 
     cfg = read_config(args)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gn_practical.analysis import Row, format_rows, save_rows
-from gn_practical.analysis.audit import BlockAudit
+from gn_practical.analysis.recorder import BlockAudit
 
 _COLUMNS = {
     "layer": "layer",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from gn_practical.analysis import Row
-from gn_practical.analysis.audit import UnitBlock, find_unit_blocks
+from gn_practical.analysis.blocks import UnitBlock, find_unit_blocks
 from gn_practical.analysis.exact_factor import exact_factor
 from gn_practical.num_groups import (
     gradient_variance_ratio,

@@ -7,7 +7,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gn_practical.analysis.audit import BlockRecorder
+from gn_practical.analysis.recorder import BlockRecorder
 
 
 class IsometryHook(HookBase):

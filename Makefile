@@ -26,8 +26,9 @@ $(VENV)/installed: setup.py $(CONSTRAINTS) requirements/detectron2.txt tools/ins
 	PYTHON=$(BIN)/python sh tools/install_detectron2.sh
 	touch $@
 
+# Threads wait for each other in a short loop: in a long one they stall when a core is taken.
 quickstart: install
-	$(BIN)/python tools/train_net.py --config-file configs/quickstart/pfpn.yaml $(OPTS)
+	GOMP_SPINCOUNT=50000 $(BIN)/python tools/train_net.py --config-file configs/quickstart/pfpn.yaml $(OPTS)
 
 test: install
 	$(BIN)/python -m pytest $(OPTS)

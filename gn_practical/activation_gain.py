@@ -74,7 +74,8 @@ def activation_gain(activation: Activation, sigma: float = 1.0) -> tuple[float, 
             "Give the standard deviation of the activation's input; after a norm it is 1."
         )
     name, function = resolve_activation(activation)
-    moments = _gaussian_moments(lambda z: _squares(name, function, z), sigma)
+    with torch.device("cpu"):  # also while a model is built on another device
+        moments = _gaussian_moments(lambda z: _squares(name, function, z), sigma)
     forward, backward = moments[0] / sigma**2, moments[1]
     if backward == 0:
         raise ValueError(

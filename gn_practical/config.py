@@ -30,6 +30,10 @@ def _add_group_norm_keys(cfg: CfgNode) -> None:
     # "exact": the group size n_g = 3 + n_out / (n_in - n_out), from the factor
     # (n_g - 2) / (n_g - 3) in place of the paper's 1 + 4 / n_g; same clipping and divisor step.
     cfg.MODEL.PGN.RULE = "paper"
+    # The activation that follows the norms, by its name in gn_practical.activation_gain: the rule
+    # takes its forward over its backward gain (Section 2.3), 1 for the ReLU family. It names what
+    # the model has; it does not change the model.
+    cfg.MODEL.PGN.ACTIVATION = "relu"
     # ((pattern, num_groups), ...): the number of groups of single layers, by shell-style pattern
     # on the norm's path in the model; the last match wins. A pattern that matches nothing, or a
     # number that does not divide the layer's channels, is an error.
@@ -40,6 +44,10 @@ def _add_group_norm_keys(cfg: CfgNode) -> None:
     # Iterations between two measurements of the gradient variance ratios of every group norm's
     # unit block, logged while training as isometry/{A,B,C,K}/<layer>; 0 for none. docs/audit.md.
     cfg.MODEL.PGN.AUDIT_PERIOD = 0
+
+    # Run each norm with the residual sum and the ReLU that follow it as one operator, where the
+    # model has a structure that gn_practical.modeling.fusion knows. docs/performance.md.
+    cfg.MODEL.PGN.FUSED = True
 
     cfg.MODEL.WS = CfgNode()
     # Weight standardization of every convolution that a norm follows.

@@ -27,6 +27,7 @@ from gn_practical import (
     convert_to_ws,
     register_pgn,
 )
+from gn_practical.activation_gain import gain_ratio
 from gn_practical.modeling import unregister_pgn
 from gn_practical.modeling.binding import find_producers
 
@@ -339,6 +340,21 @@ def test_number_of_groups_for_all_and_for_single_layers():
     assert [b.num_groups for b in table] == [4, 16]
     table = bind_group_norms(sequence(), rule="exact", layer_num_groups=(("4", 0),))
     assert [b.num_groups for b in table] == [8, 4]
+
+
+def test_gain_ratio_of_the_activation_enters_the_rule():
+    # tanh: F / B = 0.849, so 64 -> 32 has G_ideal = (54.3 - 32) / 4 = 5.6 in place of 8.
+    table = bind_group_norms(sequence(), gain_ratio=gain_ratio("tanh"))
+    assert [b.num_groups for b in table] == [4, 2]
+    assert table[0].ideal_num_groups == pytest.approx(5.585, abs=1e-3)
+    assert table[0].gradient_variance_ratio == pytest.approx(48 / (64 * 0.84903), abs=1e-3)
+    cfg = zoo_cfg("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml")
+    cfg.MODEL.PGN.ACTIVATION = "tanh"
+    model = on_meta(cfg, build_model)
+    assert model.backbone.bottom_up.res2[1].conv1.norm.num_groups == 32  # 38.3; 64 for ReLU
+    cfg.MODEL.PGN.ACTIVATION = "rleu"
+    with pytest.raises(ValueError, match=r"activation must be a known name .*'rleu'"):
+        on_meta(cfg, build_model)
 
 
 def test_errors_name_the_layer_and_the_pattern():

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from gn_practical.layers.fused_group_norm import fused_group_norm
 from gn_practical.num_groups import gradient_variance_ratio
 
 
@@ -19,6 +20,9 @@ class PracticalGroupNorm(nn.GroupNorm):
 
     Differences from the paper: a group that holds one value at run time, C/G * H * W = 1, makes
     the output constant and the gradient zero. The layer refuses it.
+
+    Runs as :func:`~gn_practical.layers.fused_group_norm.fused_group_norm`, which adds a residual
+    and applies ReLU in the same pass where it is told to.
 
     Args:
         num_channels: C, channels of the input, and ``out_channels`` of the layer that feeds it.
@@ -63,8 +67,8 @@ class PracticalGroupNorm(nn.GroupNorm):
         self.in_channels = in_channels
         self.num_groups = num_groups
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize ``input`` of shape (N, C, *)."""
+    def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """Normalize ``input`` of shape (N, C, *), then add ``residual``, then apply ReLU."""
         if not self.num_groups:
             raise RuntimeError(
                 "PracticalGroupNorm must be bound to the layer that feeds it before it runs, got "
@@ -73,7 +77,9 @@ class PracticalGroupNorm(nn.GroupNorm):
             )
         if not torch.jit.is_tracing():
             self._refuse_degenerate_groups(input)
-        return super().forward(input)
+        return fused_group_norm(
+            input, self.num_groups, self.weight, self.bias, self.eps, residual, relu
+        )
 
     def _refuse_degenerate_groups(self, input: Tensor) -> None:
         size = self.num_channels // self.num_groups

@@ -6,6 +6,8 @@ import torch
 from detectron2.layers import Conv2d
 from torch import Tensor
 
+from gn_practical.layers.fused_group_norm import differentiable_grads
+
 EPS = 1e-5
 
 
@@ -41,9 +43,58 @@ def standardize_weight(weight: Tensor, eps: float = EPS) -> Tensor:
             "MODEL.WS.EXCLUDE."
         )
     flat = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
+    if torch.jit.is_tracing() or torch.compiler.is_compiling() or not eps:
+        return _compose(flat, eps).to(weight.dtype).view_as(weight)
+    return _Standardize.apply(flat, eps)[0].to(weight.dtype).view_as(weight)
+
+
+def _compose(flat: Tensor, eps: float) -> Tensor:
+    """The definition, in PyTorch's operators; differentiable any number of times."""
     # torch's own std, for its gradient of zero where a filter is constant.
     std, mean = torch.std_mean(flat, 1, keepdim=True)
-    return ((flat - mean) / (std + eps)).to(weight.dtype).view_as(weight)
+    return (flat - mean) / (std + eps)
+
+
+class _Standardize(torch.autograd.Function):
+    """The definition at the cost of PyTorch's layer norm, a fifth of what its parts cost.
+
+    Layer norm gives z = (W - mean) r, r = 1 / (biased std). With κ² = K / (K - 1) for K numbers a
+    filter, the unbiased std is s = κ / r, and y = z / t with t = r (s + eps) = κ + eps r.
+    The gradient dW = (dy - mean(dy) - z mean(dy z) s / (s + eps)) / (s + eps) is that of layer
+    norm at x̂ = z √(s / (s + eps)) = y √(κ t).
+    """
+
+    @staticmethod
+    def forward(flat: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        # Against division by zero only, below what std + eps can show in this precision.
+        floor = (eps * torch.finfo(flat.dtype).eps) ** 2
+        y, _, r = torch.native_layer_norm(flat, flat.shape[1:], None, None, floor)
+        y.div_(torch.rsub(r, _kappa(flat), alpha=-eps))
+        return y, r
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        flat, ctx.eps = inputs
+        ctx.save_for_backward(flat, *output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, None]:
+        flat, y, r = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *differentiable_grads(lambda w: _compose(w, ctx.eps), (flat,), dy), None
+        kappa = _kappa(flat)
+        t = torch.rsub(r, kappa, alpha=-ctx.eps)
+        # In a constant filter x̂ is rounding error alone, and its term must vanish.
+        factor = (t * kappa).sqrt_().masked_fill_(t > 1e6, 1.0)
+        grad, _, _ = torch.ops.aten.native_layer_norm_backward(
+            dy, y, y.shape[1:], torch.zeros_like(r), factor, None, None, [True, False, False]
+        )
+        return grad.mul_(r / (t * factor)), None
+
+
+def _kappa(flat: Tensor) -> float:
+    return (flat.shape[1] / (flat.shape[1] - 1)) ** 0.5
 
 
 class _Cache(NamedTuple):

@@ -9,7 +9,6 @@ from torch import nn
 
 from gn_practical.layers import PracticalGroupNorm
 from gn_practical.num_groups import (
-    check_num_groups,
     gradient_variance_ratio,
     ideal_num_groups,
     practical_num_groups,
@@ -56,6 +55,7 @@ def bind_group_norms(
     num_groups: int = 0,
     *,
     rule: str = "paper",
+    gain_ratio: float = 1,
     layer_num_groups: PatternValues = (),
     in_channels: PatternValues = (),
 ) -> list[GroupNormBinding]:
@@ -70,6 +70,8 @@ def bind_group_norms(
         model: any module; Detectron2's, torchvision's or your own.
         num_groups: 0 for ``rule``, layer by layer; or one number for all layers.
         rule: "paper" (Algorithm 1) or "exact", see :func:`practical_num_groups`.
+        gain_ratio: F / B of the activation after the norms, 1 for the ReLU family; see
+            :func:`gn_practical.activation_gain.gain_ratio`.
         layer_num_groups: (pattern, number of groups) for single norms, by shell-style pattern on
             their path; the last match wins.
         in_channels: (pattern, input channels) for norms whose producer cannot be inferred.
@@ -98,8 +100,9 @@ def bind_group_norms(
         producer = producers.get(path)
         n_in = given[path] if path in given else layer_channels(producer.layer)[0]
         chosen = groups.get(path, num_groups)
-        chosen = chosen or practical_num_groups(n_in, norm.num_channels, rule=rule)
-        table.append(_bind(norm, path, producer.path if producer else "", n_in, chosen))
+        chosen = chosen or practical_num_groups(n_in, norm.num_channels, gain_ratio, rule)
+        _bind(norm, path, n_in, chosen)
+        table.append(_describe(norm, path, producer.path if producer else "", gain_ratio))
     return table
 
 
@@ -163,23 +166,25 @@ def _claims(model: nn.Module) -> Iterator[Producer]:
                 yield Producer(prefix + name, child, *last)
 
 
-def _bind(
-    norm: PracticalGroupNorm, path: str, producer: str, n_in: int, num_groups: int
-) -> GroupNormBinding:
-    n_out = norm.num_channels
+def _bind(norm: PracticalGroupNorm, path: str, in_channels: int, num_groups: int) -> None:
     try:
-        check_num_groups(num_groups, n_out)
-        norm.bind(n_in, num_groups)
+        norm.bind(in_channels, num_groups)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _describe(
+    norm: PracticalGroupNorm, path: str, producer: str, gain_ratio: float
+) -> GroupNormBinding:
+    channels = (norm.in_channels, norm.num_channels)
     return GroupNormBinding(
         norm=path,
         producer=producer,
-        in_channels=n_in,
-        out_channels=n_out,
-        ideal_num_groups=float(ideal_num_groups(n_in, n_out)),
-        num_groups=num_groups,
-        gradient_variance_ratio=gradient_variance_ratio(n_in, n_out, num_groups),
+        in_channels=norm.in_channels,
+        out_channels=norm.num_channels,
+        ideal_num_groups=float(ideal_num_groups(*channels, gain_ratio)),
+        num_groups=norm.num_groups,
+        gradient_variance_ratio=gradient_variance_ratio(*channels, norm.num_groups, gain_ratio),
     )
 
 

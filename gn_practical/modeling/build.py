@@ -7,8 +7,11 @@ from detectron2.config import CfgNode
 from tabulate import tabulate
 from torch import nn
 
+from gn_practical.activation_gain import gain_ratio
+from gn_practical.layers.fused_group_norm import backend
 from gn_practical.modeling.binding import GroupNormBinding, bind_group_norms
 from gn_practical.modeling.conversion import convert_to_ws
+from gn_practical.modeling.fusion import fuse_norms
 
 
 def build_model(cfg: CfgNode) -> nn.Module:
@@ -39,6 +42,10 @@ def build_model(cfg: CfgNode) -> nn.Module:
     if cfg.MODEL.WS.ENABLED:
         paths = convert_to_ws(model, cfg.MODEL.WS.EXCLUDE)
         logger.info("%d convolutions have standardized weights.", len(paths))
+    if table and cfg.MODEL.PGN.FUSED:
+        paths = fuse_norms(model)
+        what = backend(cfg.MODEL.DEVICE)
+        logger.info("%d PGN layers take their ReLU along. They run %s.", len(paths), what)
     return model
 
 
@@ -54,6 +61,7 @@ def bind_model(model: nn.Module, cfg: CfgNode) -> list[GroupNormBinding]:
         model,
         pgn.NUM_GROUPS,
         rule=pgn.RULE,
+        gain_ratio=gain_ratio(pgn.ACTIVATION),
         layer_num_groups=pgn.LAYER_NUM_GROUPS,
         in_channels=pgn.IN_CHANNELS,
     )

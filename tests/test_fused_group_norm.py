@@ -1,0 +1,425 @@
+"""The fused operator: PyTorch's path here, the Triton kernels in its interpreter and compiled.
+
+Triton decides when it is imported whether it interprets. So the tests whose name ends with
+"interpreted" run in a process of their own, which one test starts.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gn_practical.layers import PracticalGroupNorm, standardize_weight
+from gn_practical.layers.fused_group_norm import backend, fused_group_norm
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Largest error relative to the largest value, where PyTorch's cannot be compared.
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.bfloat16: 8e-3,
+    torch.float16: 1e-3,
+}
+CASES = [(1, False), (4, True), (12, False), (12, True)]  # groups, residual
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs with TRITON_INTERPRET=1")
+in_pytorch = pytest.mark.skipif(INTERPRETED, reason="runs without TRITON_INTERPRET")
+
+
+def make(shape, dtype, residual=False, channels_last=False, mean=3.0, parameters=None):
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape) * 2 + mean, torch.randn(shape[1]), torch.randn(shape[1])]
+    tensors += [torch.randn(shape)] if residual else []
+    kinds = [dtype, parameters or dtype, parameters or dtype, dtype]
+    tensors = [t.to(kind) for t, kind in zip(tensors, kinds, strict=False)]
+    if channels_last:
+        tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    upstream = torch.randn(shape).to(dtype)
+    return [t.requires_grad_() for t in tensors], upstream
+
+
+def run(function, inputs, upstream):
+    result = function(*inputs)
+    return result, *torch.autograd.grad(result, inputs, upstream)
+
+
+def fused(groups, relu=True):
+    return lambda x, w, b, r=None: fused_group_norm(x, groups, w, b, 1e-5, r, relu)
+
+
+def composed(groups, relu=True):
+    def function(x, w, b, r=None):
+        y = F.group_norm(x, groups, w, b, 1e-5)
+        y = y if r is None else y + r
+        return y.relu() if relu else y
+
+    return function
+
+
+def errors(function, inputs, upstream, groups):
+    """Largest error of the output and each gradient, relative to the largest value in float64."""
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+    wanted = run(composed(groups), doubles, upstream.double())
+    results = run(function, inputs, upstream)
+    return [
+        ((a.double() - w).abs().max() / w.abs().max()).item()
+        for a, w in zip(results, wanted, strict=True)
+    ]
+
+
+def check(inputs, upstream, groups):
+    own = errors(fused(groups), inputs, upstream, groups)
+    if inputs[0].dtype != inputs[1].dtype:
+        assert max(own) <= TOLERANCE[inputs[0].dtype], own
+        return
+    # Twice PyTorch's own error, but no less than a few roundings of the largest value.
+    pytorchs = errors(composed(groups), inputs, upstream, groups)
+    for a, b in zip(own, pytorchs, strict=True):
+        assert a <= max(2 * b, 4 * torch.finfo(inputs[0].dtype).eps), (own, pytorchs)
+
+
+@in_pytorch
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("groups", "residual"), CASES)
+def test_equals_the_definition(dtype, channels_last, groups, residual):
+    check(*make((2, 12, 7, 9), dtype, residual, channels_last), groups)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", list(TOLERANCE)[1:])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("groups", "residual"), CASES)
+@pytest.mark.parametrize("size", [(7, 9), (40, 30)])
+def test_kernels_equal_the_definition_interpreted(dtype, channels_last, groups, residual, size):
+    inputs, upstream = make((2, 12, *size), dtype, residual, channels_last)
+    result = fused(groups)(*inputs)
+    assert "gn_practical" in type(result.grad_fn).__name__
+    assert result.dtype == dtype
+    assert result.stride() == inputs[0].stride()
+    check(inputs, upstream, groups)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "shape", [(3, 12), (3, 12, 5), (2, 12, 3, 4, 2), (1, 80, 4, 4), (1, 4, 70, 64)]
+)
+def test_kernels_take_any_number_of_dimensions_interpreted(shape):
+    check(*make(shape, torch.float32), 4)
+
+
+@interpreted
+def test_kernels_without_activation_or_parameters_interpreted():
+    inputs, _ = make((2, 12, 5, 6), torch.float32, residual=True)
+    x, _, _, residual = inputs
+    torch.testing.assert_close(
+        fused_group_norm(x, 4, residual=residual), F.group_norm(x, 4) + residual
+    )
+    strided = x.transpose(2, 3)[:, :, ::2]
+    torch.testing.assert_close(fused_group_norm(strided, 4), F.group_norm(strided, 4))
+
+
+@interpreted
+def test_kernels_keep_half_precision_with_float32_parameters_interpreted():
+    inputs, upstream = make((2, 12, 5, 6), torch.bfloat16, True, parameters=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = run(fused(4), inputs, upstream)
+    assert [t.dtype for t in results] == [torch.bfloat16] * 2 + [torch.float32] * 2 + [
+        torch.bfloat16
+    ]
+    check(inputs, upstream, 4)
+
+
+@interpreted
+def test_weight_gradient_survives_a_large_mean_interpreted():
+    """At mean/std = 50 the gradient of the weight is five times as exact as PyTorch's."""
+    own, pytorchs = [], []
+    for seed in range(3):
+        inputs, _ = make((2, 16, 48, 48), torch.float32, mean=100.0)
+        upstream = torch.randn(2, 16, 48, 48, generator=torch.Generator().manual_seed(seed))
+        own.append(errors(fused(4), inputs, upstream, 4)[2])
+        pytorchs.append(errors(composed(4), inputs, upstream, 4)[2])
+    assert sum(own) * 5 <= sum(pytorchs), (own, pytorchs)
+
+
+@interpreted
+@pytest.mark.parametrize("residual", [False, True])
+def test_kernels_differentiate_twice_interpreted(residual):
+    inputs, upstream = make((2, 8, 4, 5), torch.float32, residual)
+
+    def twice(function):
+        grads = torch.autograd.grad(function(*inputs), inputs, upstream, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), inputs[:3])
+
+    for a, b in zip(twice(fused(2)), twice(composed(2)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@interpreted
+def test_custom_operator_is_registered_well_interpreted():
+    for channels_last in (False, True):
+        inputs, _ = make((2, 8, 4, 5), torch.float32, True, channels_last)
+        tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+        torch.library.opcheck(
+            torch.ops.gn_practical.group_norm.default, (*inputs, 4, 1e-5, True), test_utils=tests
+        )
+
+
+@interpreted
+def test_custom_operator_compiles_interpreted():
+    inputs, upstream = make((2, 8, 4, 5), torch.float32, True)
+    compiled = torch.compile(fused(2), fullgraph=True, backend="aot_eager")
+    results = run(compiled, inputs, upstream)
+    for a, b in zip(results, run(composed(2), inputs, upstream), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("groups", [1, 8, 64])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_kernels_move_only_what_they_must_interpreted(groups, channels_last, residual, monkeypatch):
+    """8 accesses an element forward and backward, 11 with a residual, whatever the groups."""
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+    moved = []
+    load, store = Builder.create_masked_load, Builder.create_masked_store
+
+    def count(pointers, mask):
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        moved.append(int(mask.data.sum()) * size)
+
+    def counting_load(self, pointers, mask, *args):
+        count(pointers, mask)
+        return load(self, pointers, mask, *args)
+
+    def counting_store(self, pointers, value, mask, *args):
+        count(pointers, mask)
+        return store(self, pointers, value, mask, *args)
+
+    monkeypatch.setattr(Builder, "create_masked_load", counting_load)
+    monkeypatch.setattr(Builder, "create_masked_store", counting_store)
+    inputs, upstream = make((1, 64, 64, 64), torch.bfloat16, residual, channels_last)
+    if channels_last:
+        upstream = upstream.contiguous(memory_format=torch.channels_last)
+    run(fused(groups), inputs, upstream)
+    accesses = sum(moved) / (inputs[0].numel() * inputs[0].element_size())
+    limit = 11 if residual else 8
+    assert limit <= accesses <= limit * 1.05
+
+
+@in_pytorch
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_kernels_in_the_interpreter():
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+AHEAD_OF_TIME = """
+    import re, subprocess, sys, tempfile, pathlib
+    import triton, triton.backends.nvidia
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from gn_practical.layers import group_norm_kernels as kernels
+
+    tools = pathlib.Path(triton.backends.nvidia.__file__).parent / "bin"
+    TENSORS = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "dz_ptr", "residual_ptr")
+
+    def compile(kernel, constants, dtype, capability):
+        kinds = {p.name: "constexpr" if p.name in constants
+                 else "*" + dtype if p.name in TENSORS
+                 else "*fp32" if p.name.endswith("_ptr")
+                 else "fp32" if p.name == "eps" else "i32" for p in kernel.params}
+        names = list(kinds)
+        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n[-4:] == "_ptr"}
+        source = ASTSource(fn=kernel, signature=kinds, attrs=aligned, constexprs={
+            (names.index(n),): v for n, v in constants.items()})
+        assembly = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+        narrow = re.findall(r"(?:ld|st)[.]global[^\\n]*[.]b(?:8|16) ", assembly)
+        wide = re.findall(r"(?:ld|st)[.]global[^\\n]*v4[.]b32", assembly)
+        suffix = "a" if capability == 90 else ""
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "kernel.ptx"
+            path.write_text(assembly)
+            report = subprocess.run(
+                [tools / "ptxas", "-v", f"--gpu-name=sm_{capability}{suffix}", path, "-o",
+                 path.with_suffix(".cubin")], capture_output=True, text=True, check=True).stderr
+        assert "0 bytes spill stores, 0 bytes spill loads" in report, (kernel, report)
+        if "BLOCK_P" in constants:
+            assert wide and not narrow, (kernel, constants, narrow)
+
+    for capability in (80, 90):
+        for last, block_c, block_p, steps in ((False, 1, 4096, 1), (True, 64, 64, 4)):
+            shape = dict(CHANNELS_LAST=last, BLOCK_C=block_c, BLOCK_P=block_p, STEPS=steps)
+            for dtype, vector in (("fp32", 4), ("bf16", 8)):
+                shape["VECTOR"] = vector
+                compile(kernels._moments, shape, dtype, capability)
+                both = dict(shape, RELU=True, RESIDUAL=True)
+                compile(kernels._normalize, both, dtype, capability)
+                compile(kernels._sums, both, dtype, capability)
+                compile(kernels._gradient, dict(shape, RELU=True), dtype, capability)
+        for block_r, block_k in ((64, 16), (1, 1024)):
+            final = dict(FINAL=True, BLOCK_R=block_r, BLOCK_K=block_k)
+            compile(kernels._combine, final, "fp32", capability)
+"""
+
+
+@in_pytorch
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_kernels_compile_with_wide_accesses_and_without_spills(tmp_path):
+    nvidia = importlib.util.find_spec("triton.backends.nvidia")
+    if nvidia is None or not (Path(nvidia.origin).parent / "bin" / "ptxas").exists():
+        pytest.skip("Triton came without ptxas")
+    script = tmp_path / "compile.py"
+    script.write_text(textwrap.dedent(AHEAD_OF_TIME))
+    root = Path(__file__).parents[1]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    result = subprocess.run(
+        [sys.executable, script], env=env, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@in_pytorch
+def test_gradients_by_finite_differences():
+    inputs, _ = make((2, 4, 2, 3), torch.float64, residual=True)
+    assert torch.autograd.gradcheck(fused(2), inputs)
+    assert torch.autograd.gradgradcheck(fused(2), inputs)
+
+
+@in_pytorch
+@pytest.mark.parametrize("groups", [32, 64])
+def test_many_groups_in_channels_last_on_the_cpu(groups):
+    """Large enough for the CPU's own backward pass; values, gradients, and the second ones."""
+    inputs, upstream = make((2, 64, 64, 65), torch.float32, channels_last=True, mean=0.5)
+    result = fused_group_norm(inputs[0], groups, inputs[1], inputs[2])
+    assert "ManyGroups" in type(result.grad_fn).__name__
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    check(inputs, upstream, groups)
+
+    def twice(function):
+        (grad,) = torch.autograd.grad(function(*inputs), inputs[0], upstream, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), inputs)
+
+    for a, b in zip(twice(fused(groups)), twice(composed(groups)), strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
+@in_pytorch
+def test_dispatch_is_visible():
+    assert backend("cpu") == "PyTorch's operators: the device is cpu"
+
+
+@in_pytorch
+@pytest.mark.parametrize(
+    ("shape", "groups", "size"), [((2, 12, 3, 3), 5, 12), ((2, 12, 3, 3), 4, 8), ((12,), 4, 12)]
+)
+def test_errors_are_those_of_pytorch(shape, groups, size):
+    x, weight = torch.randn(shape), torch.randn(size)
+    with pytest.raises(RuntimeError) as wanted:
+        F.group_norm(x, groups, weight, weight)
+    with pytest.raises(RuntimeError, match=re.escape(str(wanted.value))):
+        fused_group_norm(x, groups, weight, weight)
+
+
+def bound_norm():
+    norm = PracticalGroupNorm(12)
+    norm.bind(24, 4)
+    nn.init.normal_(norm.weight)
+    return norm
+
+
+@in_pytorch
+def test_module_compiles_exports_and_traces():
+    norm, x = bound_norm(), torch.randn(2, 12, 5, 6)
+    expected = F.group_norm(x, 4, norm.weight, norm.bias)
+    compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    torch.testing.assert_close(compiled(x, x, relu=True), F.relu(expected + x))
+    torch.testing.assert_close(torch.export.export(norm, (x,)).module()(x), expected)
+    torch.testing.assert_close(torch.jit.trace(norm, x)(x), expected)
+
+
+@in_pytorch
+def test_function_scripts():
+    def scripted(x: torch.Tensor, residual: torch.Tensor):
+        return fused_group_norm(x, 4, None, None, 1e-5, residual, True)
+
+    x = torch.randn(2, 12, 5, 6)
+    result = torch.jit.script(scripted)(x, x)
+    torch.testing.assert_close(result, F.relu(F.group_norm(x, 4) + x))
+
+
+@in_pytorch
+def test_module_exports_to_onnx(tmp_path):
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    norm, x = bound_norm(), torch.randn(2, 12, 5, 6)
+    torch.onnx.export(norm, (x,), tmp_path / "norm.onnx", dynamo=False, opset_version=16)
+    session = runtime.InferenceSession(tmp_path / "norm.onnx")
+    (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(result), norm(x), rtol=1e-4, atol=1e-5)
+
+
+@in_pytorch
+def test_autocast_keeps_half_precision():
+    x = torch.randn(2, 12, 5, 6, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert bound_norm()(x, x, relu=True).dtype is torch.bfloat16
+
+
+@in_pytorch
+def test_empty_batch():
+    assert fused_group_norm(torch.empty(0, 12, 3, 3), 4, relu=True).shape == (0, 12, 3, 3)
+
+
+@in_pytorch
+def test_standardization_differentiates_twice():
+    weight = (torch.randn(4, 3, 2, 2, dtype=torch.float64) * 1e-2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: standardize_weight(w, 1e-3), weight, eps=1e-8)
+    assert torch.autograd.gradgradcheck(lambda w: standardize_weight(w, 1e-3), weight, eps=1e-8)
+
+
+@in_pytorch
+@pytest.mark.parametrize("spread", [1e-7, 1e-4, 1.0])
+def test_standardization_is_exact_for_any_spread(spread):
+    """Where std is far below eps, about it and above, as a plain formula in float64 has it."""
+    weight = (torch.randn(5, 6, 3, 3, dtype=torch.float64) * spread).float().requires_grad_()
+    upstream = torch.randn(weight.shape)
+    double = weight.detach().double().requires_grad_()
+    flat = double.flatten(1)
+    centred = flat - flat.mean(1, keepdim=True)
+    wanted = centred / ((centred.square().sum(1, keepdim=True) / 53).sqrt() + 1e-5)
+    (wanted_grad,) = torch.autograd.grad(wanted, double, upstream.double().flatten(1))
+    result = standardize_weight(weight)
+    (grad,) = torch.autograd.grad(result, weight, upstream)
+    assert (result.flatten(1) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert (grad - wanted_grad).abs().max() <= 1e-5 * wanted_grad.abs().max()
+
+
+@in_pytorch
+def test_standardization_of_constant_filters():
+    constants = torch.tensor([0.1, -7.3, 0.0, 1e-9]).view(-1, 1, 1, 1)
+    weight = (torch.ones(4, 5, 3, 3) * constants).requires_grad_()
+    upstream = torch.randn(weight.shape)
+    result = standardize_weight(weight)
+    (grad,) = torch.autograd.grad(result, weight, upstream)
+    assert result.abs().max() <= 0.05
+    expected = (upstream - upstream.mean((1, 2, 3), keepdim=True)) / 1e-5
+    torch.testing.assert_close(grad, expected, rtol=1e-2, atol=1e2)

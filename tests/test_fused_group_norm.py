@@ -217,6 +217,24 @@ def test_kernels_move_only_what_they_must_interpreted(groups, channels_last, res
     assert limit <= accesses <= limit * 1.05
 
 
+@interpreted
+def test_kernels_are_trusted_only_where_they_agree_interpreted(monkeypatch, caplog):
+    from gn_practical.layers import group_norm_kernels
+    from gn_practical.layers.fused_group_norm import _kernels_agree
+
+    agree = _kernels_agree.__wrapped__
+    assert agree("cpu")
+    sound = group_norm_kernels.forward
+    monkeypatch.setattr(
+        group_norm_kernels, "forward", lambda *args: tuple(t * 1.01 for t in sound(*args))
+    )
+    assert not agree("cpu")
+    assert "they differ by" in caplog.text
+    monkeypatch.setattr(group_norm_kernels, "forward", None)
+    assert not agree("cpu")
+    assert "TypeError" in caplog.text
+
+
 @in_pytorch
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_kernels_in_the_interpreter():

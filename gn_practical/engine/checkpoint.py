@@ -54,10 +54,10 @@ class GroupsCheckpointer(DetectionCheckpointer):
         try:
             loaded = super()._torch_load(f)
         except Exception as error:  # of many kinds: a cut zip, a pickle that is refused, ...
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"a checkpoint must be a whole file of tensors and plain containers, got {f}: "
-                f"{(str(error) or type(error).__name__).splitlines()[0]} Load another checkpoint, or save this one's state "
-                "dict alone."
+                f"{reason} Load another checkpoint, or save this one's state dict alone."
             ) from error
         if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
             loaded = {"model": loaded["state_dict"]}

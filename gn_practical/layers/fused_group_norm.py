@@ -7,8 +7,10 @@ float64, empty batches, double backward, tracing, scripting and export. The numb
 """
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 SLAB = 2048  # pixels that the CPU's backward pass adds up in one go
+CHECKED_FORMATS = (torch.contiguous_format, torch.channels_last)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on the CPU, slowly
 
 
@@ -104,12 +107,52 @@ def _kernels_take(
     channels = x.shape[1] if x.dim() > 1 else 0
     if x.numel() == 0 or num_groups < 1 or channels % num_groups:
         return False
+    if x.is_cuda and not _kernels_agree(str(x.device)):
+        return False
     parameters = [t for t in (weight, bias) if t is not None]
     same = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
     return (
         same
         and all(t.shape == (channels,) and t.device == x.device for t in parameters)
         and x.numel() > x.shape[0] * num_groups  # else PyTorch refuses some, and nothing is gained
+    )
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _kernels_agree(device: str) -> bool:
+    """Whether the kernels give PyTorch's numbers on this device, tried once on a small input.
+
+    A driver, a Triton or a GPU that breaks them costs speed and a warning, not the run.
+    """
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            differences = [_largest_difference(device, memory) for memory in CHECKED_FORMATS]
+    except Exception as error:  # of the compiler, the driver or the launch: of many kinds
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        if max(differences) < 1e-3:
+            return True
+        reason = f"they differ by {max(differences):.3g}"
+    logging.getLogger(__name__).warning(
+        "PyTorch's group norm runs in place of the Triton kernels on %s: %s", device, reason
+    )
+    return False
+
+
+def _largest_difference(device: str, layout: torch.memory_format) -> float:
+    """Compare output and gradients of the kernels and of PyTorch on one input."""
+    x = torch.linspace(0, 99, 2 * 8 * 24 * 24, device=device).sin().add(1).view(2, 8, 24, 24)
+    inputs = [x.contiguous(memory_format=layout), x[0, :, 0, 0] + 1, x[1, :, 0, 0], x.flip(0)]
+    inputs = [t.clone().requires_grad_() for t in inputs]
+    x, weight, bias, residual = inputs
+    outputs = (
+        _group_norm(x, weight, bias, residual, 2, 1e-5, True)[0],
+        _compose(x, 2, weight, bias, 1e-5, residual, True),
+    )
+    ours, pytorch = ((y, *torch.autograd.grad(y.square().sum(), inputs)) for y in outputs)
+    return max(
+        ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, pytorch, strict=True)
     )
 
 

@@ -37,7 +37,8 @@ def convert_to_ws(model: nn.Module, exclude: Sequence[str] = ()) -> list[str]:
     chosen = [p for p in producers if not any(fnmatchcase(p.path, x) for x in exclude)]
     _raise_inconvertible(chosen)
     for producer in chosen:
-        _convert(producer.layer)
+        if not isinstance(producer.layer, WSConv2d):
+            _convert(producer.layer)
     return [producer.path for producer in chosen]
 
 
@@ -57,8 +58,12 @@ def _check_patterns(exclude: Sequence[str], paths: list[str]) -> None:
 
 
 def _raise_inconvertible(producers: list[Producer]) -> None:
-    known = (nn.Conv2d, layers.Conv2d, WSConv2d)
-    others = [p.path for p in producers if type(p.layer) not in known]
+    known = (nn.Conv2d, layers.Conv2d)
+    others = [
+        p.path
+        for p in producers
+        if type(p.layer) not in known and not isinstance(p.layer, WSConv2d)
+    ]
     single = [p.path for p in producers if p.layer.weight[0].numel() < 2]
     if others or single:
         raise ValueError(

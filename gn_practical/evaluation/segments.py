@@ -154,17 +154,23 @@ def _draw_stuff(visualizer: Visualizer, segments: list[Segment], size: tuple[int
 def _draw_things(
     visualizer: Visualizer, segments: list[Segment], size: tuple[int, int], scale: float
 ) -> None:
-    if not segments:
-        return
-    has_boxes = segments[0].box is not None
-    has_masks = segments[0].mask is not None
-    visualizer.overlay_instances(
-        boxes=np.stack([scale * s.box for s in segments]) if has_boxes else None,
-        masks=[_resize(s.mask, size) for s in segments] if has_masks else None,
-        labels=[s.text for s in segments],
-        assigned_colors=[s.color for s in segments],
-        alpha=0.55,
-    )
+    for segment in segments:
+        if segment.mask is not None:  # not overlay_instances, which fills the holes of masks
+            visualizer.draw_binary_mask(
+                _resize(segment.mask, size),
+                color=segment.color,
+                edge_color=segment.color,
+                text=segment.text,
+                alpha=0.55,
+            )
+    boxed = [s for s in segments if s.box is not None]
+    if boxed:
+        visualizer.overlay_instances(
+            boxes=np.stack([scale * s.box for s in boxed]),
+            labels=[s.text if s.mask is None else "" for s in boxed],
+            assigned_colors=[s.color for s in boxed],
+            alpha=0.55,
+        )
 
 
 def _resize(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -180,6 +180,30 @@ def test_bad_input_ends_with_one_clear_error(tmp_path, overrides, message):
     assert str(raised.value).count("\n") == 0
 
 
+def test_truncated_image_ends_with_one_clear_error(trained, tmp_path, capsys):
+    """In a worker process, in the middle of training; with no traceback on the screen."""
+    source = Path(os.environ["DETECTRON2_DATASETS"]) / "scenes"
+    (tmp_path / "images").mkdir()
+    for image in sorted((source / "images/train").iterdir())[:6]:
+        content = image.read_bytes()
+        (tmp_path / "images" / image.name).write_bytes(content[: len(content) // 2])
+    content = json.loads((source / "instances_train.json").read_text())
+    names = {path.name for path in (tmp_path / "images").iterdir()}
+    content["images"] = [i for i in content["images"] if i["file_name"] in names]
+    ids = {i["id"] for i in content["images"]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+    (tmp_path / "cut.json").write_text(json.dumps(content))
+    entry = ("cut", str(tmp_path / "images"), str(tmp_path / "cut.json"))
+    config = str(ROOT / "configs/quickstart/faster_rcnn.yaml")
+    overrides = ["DATASETS.COCO_INSTANCES", [entry], "DATASETS.TRAIN", ("cut",), "MODEL.DEVICE",
+                 "cpu", "DATASETS.TEST", (), "OUTPUT_DIR", tmp_path / "out"]  # fmt: skip
+    with pytest.raises(SystemExit, match=r"error: .* must be a whole image, got: .*truncated"):
+        run("--config-file", config, *overrides)
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.out + printed.err
+    assert "Traceback" in (tmp_path / "out" / "error.log").read_text()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_without_a_gpu_is_an_error():
     with pytest.raises(ValueError, match=r"PyTorch finds no CUDA GPU\. Add MODEL.DEVICE cpu"):

@@ -66,15 +66,31 @@ def one_clear_error(log_path: str = "") -> Iterator[None]:
     Args:
         log_path: the file; none if empty.
     """
+    loop = logging.getLogger("detectron2.engine.train_loop")
+    loop.addFilter(_is_for_the_log)
     try:
         yield
-    except (ValueError, FloatingPointError, AssertionError, KeyError) as error:
-        message = str(error.args[0]) if error.args else ""
-        if not message or (isinstance(error, KeyError) and "registry" not in message):
+    except Exception as error:
+        if not _is_for_the_user(error):
             raise
         where = ""
         if log_path:
             with open(log_path, "a") as file:
                 file.write(traceback.format_exc())
             where = f" (traceback: {log_path})"
-        raise SystemExit(f"error: {message}{where}") from error
+        raise SystemExit(f"error: {error.args[0]}{where}") from error
+    finally:
+        loop.removeFilter(_is_for_the_log)
+
+
+def _is_for_the_user(error: BaseException | None) -> bool:
+    if not (error and error.args and str(error.args[0])):
+        return False
+    if isinstance(error, KeyError):
+        return "registry" in str(error.args[0])
+    return isinstance(error, ValueError | FloatingPointError | AssertionError)
+
+
+def _is_for_the_log(record: logging.LogRecord) -> bool:
+    """Keep the training loop from printing the traceback of an error that is told anyway."""
+    return not (record.exc_info and _is_for_the_user(record.exc_info[1]))

@@ -44,8 +44,8 @@ class PlotCurves(HookBase):
         path = os.path.join(self.output_dir, "curves.png")
         try:
             plot_metrics(os.path.join(self.output_dir, "metrics.json"), path)
-        except Exception:
-            logging.getLogger(__name__).exception("The curves could not be drawn.")
+        except Exception as error:
+            logging.getLogger(__name__).warning("The curves could not be drawn: %s", error)
         else:
             logging.getLogger(__name__).info("Curves of losses and metrics: %s", path)
 

@@ -88,3 +88,16 @@ def test_refuses_other_bad_arguments():
     for ratio in (0, -1.0, float("nan"), float("inf"), None):
         with pytest.raises(ValueError, match="gain_ratio must be a positive finite number"):
             practical_num_groups(64, 64, gain_ratio=ratio)
+
+
+@pytest.mark.parametrize("out_channels", [64, 128, 256, 512])
+def test_definition_3_ties_where_algorithm_1_takes_the_upper_divisor(out_channels):
+    in_channels = 4 * out_channels
+    distances = {
+        groups: abs(gradient_variance_ratio(in_channels, out_channels, groups) - 1)
+        for groups in range(1, out_channels + 1)
+        if out_channels % groups == 0
+    }
+    nearest = [g for g, distance in distances.items() if distance == min(distances.values())]
+    assert nearest == [out_channels // 2, out_channels]
+    assert practical_num_groups(in_channels, out_channels) == out_channels

@@ -7,7 +7,7 @@ CONSTRAINTS = requirements/constraints.txt
 .PHONY: help install quickstart test lint
 
 help:
-	@echo "make quickstart  train, evaluate and draw on the embedded data, about 6 minutes on 2 cores"
+	@echo "make quickstart  train, evaluate and draw on the embedded data, about 5 minutes on 2 cores"
 	@echo "make test        run the test suite"
 	@echo "make lint        check style with ruff"
 	@echo "make install     make $(VENV) with all packages; the others do it by themselves"

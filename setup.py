@@ -20,8 +20,8 @@ setup(
     # Detectron2 is not listed: its authors publish no package, and pip must not replace a build
     # from source. `make install` and the README say how to get it.
     install_requires=[
-        "torch>=2.4",
-        "torchvision>=0.19",
+        "torch>=2.7",
+        "torchvision>=0.22",
         "numpy>=1.26",
         "fvcore>=0.1.5.post20221221",
         "iopath>=0.1.9",

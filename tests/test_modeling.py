@@ -139,12 +139,12 @@ for name in zoo_configs(deformable=True):
     assert done.stdout.count("bound") == len(zoo_configs(deformable=True))
 
 
-def resnet_blocks(depth_blocks):
+def resnet_blocks(depth_blocks, width=64):
     """(in, out) of every convolution of a bottleneck ResNet, from the architecture's definition."""
     yield 3, 64
     channels = 64
     for stage, count in enumerate(depth_blocks):
-        narrow, wide = 64 * 2**stage, 256 * 2**stage
+        narrow, wide = width * 2**stage, 256 * 2**stage
         for block in range(count):
             yield from ((channels, narrow), (narrow, narrow), (narrow, wide))
             if block == 0:
@@ -175,6 +175,8 @@ RETINA_HEAD = [(256, 256)] * 8
          [*resnet_blocks(R50), *fpn(), *MASK_HEAD, *[(256, 256)] * 4]),
         ("COCO-Detection/retinanet_R_50_FPN_3x.yaml",
          [*resnet_blocks(R50), *list(fpn())[2:], *RETINA_HEAD]),
+        ("COCO-Detection/faster_rcnn_X_101_32x8d_FPN_3x.yaml",
+         [*resnet_blocks(R101, width=32 * 8), *fpn()]),
     ],
 )  # fmt: skip
 def test_group_tables_equal_the_architecture(name, layers):

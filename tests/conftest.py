@@ -2,8 +2,27 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+
+import pytest
 
 # Read when gn_practical is imported, as Detectron2's own data sets are.
 os.environ["DETECTRON2_DATASETS"] = tempfile.mkdtemp(prefix="gn_practical_datasets_")
 # Ranks, workers and the test process share the cores: waiting in a long loop would stall them.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
+
+@pytest.fixture
+def catalogs_as_before() -> Iterator[None]:
+    """Names registered by a test are gone after it."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    from gn_practical.data import registration
+
+    names, known = set(DatasetCatalog), dict(registration._registered)
+    yield
+    for name in set(DatasetCatalog) - names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    registration._registered.clear()
+    registration._registered.update(known)

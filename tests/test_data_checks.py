@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 from detectron2.config import get_cfg
 from detectron2.data import (
-    DatasetCatalog,
     MetadataCatalog,
     build_detection_train_loader,
     get_detection_dataset_dicts,
@@ -22,19 +21,9 @@ from gn_practical.data import (
     registration,
 )
 
+pytestmark = pytest.mark.usefixtures("catalogs_as_before")
+
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
-
-
-@pytest.fixture(autouse=True)
-def catalogs_as_before():
-    """Names registered by a test are gone after it."""
-    names, known = set(DatasetCatalog), dict(registration._registered)
-    yield
-    for name in set(DatasetCatalog) - names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-    registration._registered.clear()
-    registration._registered.update(known)
 
 
 @pytest.fixture

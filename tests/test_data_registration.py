@@ -7,23 +7,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from gn_practical.config import add_pgn_config
-from gn_practical.data import DatasetError, register_datasets, register_scenes, registration
+from gn_practical.data import DatasetError, register_datasets, register_scenes
 from gn_practical.data.coco_format import read_categories
+
+pytestmark = pytest.mark.usefixtures("catalogs_as_before")
 
 THINGS = [{"id": 7, "name": "dog", "isthing": 1}, {"id": 2, "name": "cat", "isthing": 1}]
 STUFF = [{"id": 40, "name": "wall", "isthing": 0}, {"id": 5, "name": "floor", "isthing": 0}]
-
-
-@pytest.fixture(autouse=True)
-def catalogs_as_before():
-    """Names registered by a test are gone after it."""
-    names, known = set(DatasetCatalog), dict(registration._registered)
-    yield
-    for name in set(DatasetCatalog) - names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-    registration._registered.clear()
-    registration._registered.update(known)
 
 
 @pytest.fixture

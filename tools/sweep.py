@@ -1,0 +1,57 @@
+#!/usr/bin/env python
+"""Run a sweep over settings and seeds, and print its table; see --help."""
+
+import argparse
+import sys
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description="Run every setting of a sweep with every seed, several runs at once, and write "
+        "a table of mean and standard deviation, paired differences, and pictures. A finished run "
+        "is never run again; one that was interrupted goes on from its last checkpoint.",
+        epilog="Examples: python tools/sweep.py --sweep-file configs/sweeps/quickstart.yaml; on "
+        "8 GPUs: python tools/sweep.py --sweep-file configs/sweeps/pfpn.yaml --num-gpus 8",
+    )
+    parser.add_argument("--sweep-file", required=True, metavar="FILE", help="see configs/sweeps")
+    parser.add_argument("--output", metavar="DIR", help="(default: output/sweeps/<name of FILE>)")
+    parser.add_argument("--seeds", type=_seeds, default=(), help="as 1,2,3, in place of the file's")
+    parser.add_argument(
+        "--jobs", type=int, default=0, help="runs at once (default: all GPUs or cores)"
+    )
+    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs, or CPU processes, of a run")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and do nothing")
+    parser.add_argument("--report", action="store_true", help="only the table of what is finished")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of every run")
+    return parser.parse_args()
+
+
+def _seeds(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def main() -> int:
+    """Run, then report; 1 if a run failed."""
+    args = parse_args()
+    # After parsing: importing Detectron2 takes seconds, and --help should not.
+    from pathlib import Path
+
+    from gn_practical.engine.run import one_clear_error
+    from gn_practical.sweep import describe, read_plan, report, run_all
+
+    output = args.output or f"output/sweeps/{Path(args.sweep_file).stem}"
+    with one_clear_error():
+        plan = read_plan(args.sweep_file, output, args.opts, args.seeds)
+        if args.dry_run:
+            print(describe(plan, args.num_gpus))
+            return 0
+        failed = [] if args.report else run_all(plan, output, args.jobs, args.num_gpus)
+        print(report(plan, output))
+    for run in failed:
+        print(f"failed: {run.name}: see {run.folder}/console.log", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

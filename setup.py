@@ -39,11 +39,12 @@ setup(
         "hydra-core>=1.1",
         "packaging>=21",
         "scipy>=1.11",
+        "scikit-learn>=1.3",  # the digits, classification's embedded data set
         "hotcoco>=1.3,<2",
         "setuptools<81",  # detectron2.model_zoo imports pkg_resources
     ],
     extras_require={
         "fast": ["faster-coco-eval>=1.6"],
-        "dev": ["pytest>=8", "ruff>=0.8"],
+        "dev": ["hypothesis>=6.100", "onnx>=1.16", "psutil>=5.9", "pytest>=8", "ruff>=0.8"],
     },
 )

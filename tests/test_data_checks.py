@@ -17,6 +17,7 @@ from gn_practical.data import (
     check_datasets,
     checks,
     ensure_scenes,
+    file_checks,
     register_datasets,
     registration,
 )
@@ -110,7 +111,7 @@ def test_sound_data_passes_and_feeds_a_loader(cfg):
     ],
 )
 def test_configs_that_do_not_fit(cfg, monkeypatch, key, value, message):
-    monkeypatch.setattr(checks, "_check_files_exist", lambda name: None)  # COCO is not there
+    monkeypatch.setattr(checks, "check_files_exist", lambda name: None)  # COCO is not there
     cfg.merge_from_list([key, value])
     with pytest.raises(DatasetError, match=message):
         check(cfg)
@@ -219,7 +220,7 @@ def test_coco_says_where_it_is_looked_for(cfg, monkeypatch):
     monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
     for name in ("coco_2017_train", "coco_2017_val"):
         root = MetadataCatalog.get(name).image_root.removesuffix(f"/coco/{name[10:]}2017")
-    monkeypatch.setattr(checks, "DATASETS_ROOT", root)
+    monkeypatch.setattr(file_checks, "DATASETS_ROOT", root)
     if Path(root, "coco").exists():
         pytest.skip("COCO is there")
     cfg.DATASETS.TRAIN = ("coco_2017_train_panoptic_separated",)
@@ -228,10 +229,10 @@ def test_coco_says_where_it_is_looked_for(cfg, monkeypatch):
 
 
 def test_coco_stuff_pngs_are_made_by_the_tool_without_arguments(tmp_path, monkeypatch):
-    monkeypatch.setattr(checks, "DATASETS_ROOT", str(tmp_path))
+    monkeypatch.setattr(file_checks, "DATASETS_ROOT", str(tmp_path))
     path = str(tmp_path / "coco/panoptic_stuff_val2017")
     metadata = MetadataCatalog.get("coco_2017_val_panoptic_separated")
-    way_out = checks._way_out("sem_seg_root", path, metadata)
+    way_out = file_checks.way_out("sem_seg_root", path, metadata)
     assert way_out == "Run: python tools/prepare_panoptic_coco.py"
 
 

@@ -217,7 +217,7 @@ def _map(
     function: Callable[[_Task], Result], tasks: list[_Task], workers: int | None, title: str
 ) -> list[Result]:
     """Apply a function to all tasks on all cores, with a progress bar; stop at an error."""
-    workers = min(workers or _available_cores(), max(len(tasks) // 16, 1))
+    workers = min(workers or available_cores(), max(len(tasks) // 16, 1))
     progress = partial(tqdm, total=len(tasks), desc=title, unit="image")
     if workers == 1:
         return list(progress(map(function, tasks)))
@@ -226,7 +226,8 @@ def _map(
         return list(progress(results))
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))  # what a container or a batch system leaves us
     except AttributeError:  # not on every system

@@ -1,0 +1,98 @@
+"""What a fault is, and which kinds there are."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+ERROR, WARNING = "error", "warning"
+
+Finding = tuple[str, str]  # a reason, one of REASONS, and what was found
+Findings = Iterator[Finding]
+
+_OF_A_FILE = {
+    "missing": ERROR,
+    "unreadable": ERROR,
+    "of zero bytes": ERROR,
+    "of unknown format": ERROR,
+    "truncated": ERROR,
+    "corrupt": ERROR,
+    "of another size": ERROR,
+    "with stray bytes": WARNING,
+}
+
+# Every kind of fault, with its severity. A warning neither stops training nor changes a metric in
+# the main: it leaves the exit code alone and is not cleaned away.
+REASONS = {
+    "json unusable": ERROR,
+    "category malformed": ERROR,
+    "category id twice": ERROR,
+    "category name twice": WARNING,
+    "image entry malformed": ERROR,
+    "image id twice": ERROR,
+    **{f"image {state}": severity for state, severity in _OF_A_FILE.items()},
+    "annotation malformed": ERROR,
+    "annotation id twice": ERROR,
+    "annotation id is 0": WARNING,
+    "annotation of unknown image": ERROR,
+    "category unknown": ERROR,
+    "box malformed": ERROR,
+    "box not finite": ERROR,
+    "box empty": ERROR,
+    "box outside the image": ERROR,
+    "area not positive": ERROR,
+    "area missing": ERROR,
+    "mask missing": ERROR,
+    "mask malformed": ERROR,
+    "polygon malformed": ERROR,
+    "polygon not finite": ERROR,
+    "polygon of fewer than 3 points": ERROR,
+    "polygon outside the image": ERROR,
+    "RLE malformed": ERROR,
+    "RLE of another size": ERROR,
+    "RLE counts do not sum up": ERROR,
+    "RLE without a pixel": ERROR,
+    "keypoints malformed": ERROR,
+    **{f"panoptic PNG {state}": severity for state, severity in _OF_A_FILE.items()},
+    "panoptic annotation twice": ERROR,
+    "segment malformed": ERROR,
+    "segment id twice": ERROR,
+    "segment in the json alone": ERROR,
+    "segment in the PNG alone": ERROR,
+    "segment area differs": ERROR,
+    "segment box differs": WARNING,
+    **{f"stuff PNG {state}": severity for state, severity in _OF_A_FILE.items()},
+    "stuff PNG label unknown": ERROR,
+}
+
+# Those of a file: found for every json that lists it, told once.
+REASONS_OF_FILES = {
+    f"{file} {state}" for file in ("image", "panoptic PNG", "stuff PNG") for state in _OF_A_FILE
+}
+
+Entry = tuple[str | int, ...]  # where in a json: ("annotations", 3, "segments_info", 0)
+
+
+class Fault(NamedTuple):
+    """One thing that is wrong with a data set.
+
+    Attributes:
+        reason: its kind, one of `REASONS`.
+        json: the json that is wrong or that lists the file; a data set's name if it has none.
+        entry: the keys and indices that lead to the part at fault of the json.
+        file: the image or PNG at fault or annotated; empty if none is.
+        image_id: None if it has none.
+        annotation_id: of an instance or of a panoptic segment; None if it has none.
+        detail: what was found.
+    """
+
+    reason: str
+    json: str
+    entry: Entry = ()
+    file: str = ""
+    image_id: Any = None
+    annotation_id: Any = None
+    detail: str = ""
+
+    @property
+    def severity(self) -> str:
+        """``"error"`` or ``"warning"``."""
+        return REASONS[self.reason]

@@ -131,3 +131,9 @@ def test_a_root_that_cannot_be_written_is_named(tmp_path):
 def test_ids_survive_their_colours():
     ids = np.array([[0, 1, 255], [256, 70_001, 2**24 - 1]])
     assert (rgb_to_id(id_to_rgb(ids)) == ids).all()
+
+
+def test_a_scene_too_small_for_a_thing_is_stuff_alone(tmp_path):
+    ensure_scenes(tmp_path / "scenes", {"train": 26}, size=64)
+    found = json.loads((tmp_path / "scenes/instances_train.json").read_text())
+    assert len({annotation["image_id"] for annotation in found["annotations"]}) < 26

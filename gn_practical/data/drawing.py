@@ -67,12 +67,12 @@ def draw_scene(rng: Generator, size: int) -> tuple[np.ndarray, list[Segment]]:
 
 def _visible_masks(things: list[tuple[int, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
     """Cut from every thing what later ones cover."""
-    covered = np.zeros_like(things[0][1], bool)
+    covered = np.zeros(1, bool)
     visible = []
     for class_index, alpha in reversed(things):
         mask = alpha >= 0.5
         visible.append((class_index, mask & ~covered))
-        covered |= mask
+        covered = covered | mask
     return visible[::-1]
 
 

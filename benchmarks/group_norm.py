@@ -2,22 +2,26 @@
 
     python benchmarks/group_norm.py                  # PFPN's shapes on CUDA, small ones on the CPU
     python benchmarks/group_norm.py --large          # PFPN's shapes on the CPU too
+    python benchmarks/group_norm.py --compile        # torch.compile of the pair on the CPU too
 
 All variants of a case run in turns in one process; ratios are of the medians, with the spread
-from the 25th to the 75th percentile. Writes a JSON file and a picture beside the table.
+from the 25th to the 75th percentile. In half precision PyTorch runs as its autocast runs it: in
+float32 on CUDA, in bfloat16 with float32 parameters on the CPU. Writes a JSON file and a picture
+beside the table.
 """
 
 import argparse
 import json
+import math
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib as mpl
 import torch
 import torch.nn.functional as F
+from clock import clock
 from detectron2.layers import FrozenBatchNorm2d
 from tabulate import tabulate
 from torch import Tensor
@@ -33,19 +37,21 @@ SMALL = [(64, 100, 168), (256, 50, 84)]
 Variant = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def variants(channels: int, groups: int, device: str) -> dict[str, Variant]:
+def variants(channels: int, groups: int, device: str, compiled: bool) -> dict[str, Variant]:
     """The normalizations to compare, each a function of x, weight and bias."""
     frozen = FrozenBatchNorm2d(channels).to(device)
 
     def composed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.relu(F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype)))
+        half = x.dtype is not torch.float32
+        with torch.autocast(device, x.dtype if half else None, enabled=half):
+            return F.relu(F.group_norm(x, groups, weight, bias))
 
     found: dict[str, Variant] = {
         "pytorch": composed,
         "fused": lambda x, w, b: fused_group_norm(x, groups, w, b, relu=True),
         "frozen_bn": lambda x, w, b: F.relu_(frozen(x)),
     }
-    if device == "cuda":
+    if compiled:
         found["compiled"] = torch.compile(composed)
     return found
 
@@ -53,9 +59,10 @@ def variants(channels: int, groups: int, device: str) -> dict[str, Variant]:
 def seconds(function: Callable[[], object], device: str) -> float:
     """Time one call."""
     if device == "cpu":
-        start = time.perf_counter()
+        now = clock(device)
+        start = now()
         function()
-        return time.perf_counter() - start
+        return now() - start
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     function()
@@ -64,7 +71,7 @@ def seconds(function: Callable[[], object], device: str) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def measure(case: dict, device: str, repeats: int) -> dict:
+def measure(case: dict, device: str, repeats: int, compiled: bool) -> dict:
     """Time all variants of a case in turns."""
     layout = torch.channels_last if case["channels_last"] else torch.contiguous_format
     dtype = getattr(torch, case["dtype"])
@@ -76,13 +83,15 @@ def measure(case: dict, device: str, repeats: int) -> dict:
     weight, bias = (torch.ones(channels, device=device, requires_grad=True) for _ in range(2))
     leaf = x.detach().requires_grad_()
     times: dict[str, list[float]] = {}
+    functions = variants(channels, case["groups"], device, compiled)
     for turn in range(repeats + 2):
-        for name, function in variants(channels, case["groups"], device).items():
+        for name, function in functions.items():
             if name == "frozen_bn" and dtype is not torch.float32:
                 continue  # it would compute in float32
 
             def step(function: Variant = function) -> None:
-                function(leaf, weight, bias).backward(upstream)
+                y = function(leaf, weight, bias)
+                y.backward(upstream if y.dtype is upstream.dtype else upstream.to(y.dtype))
 
             with torch.no_grad():
                 forward = seconds(lambda f=function: f(x, weight, bias), device)
@@ -115,18 +124,79 @@ def cases(device: str, large: bool) -> list[dict]:
     ]
 
 
+def median(result: dict, name: str) -> float:
+    """Return the median time of a variant in seconds; not a number where it did not run."""
+    return result["times"].get(name, [math.nan] * 3)[1]
+
+
 def row(result: dict) -> list:
-    """Format a result: medians in ms and ratios."""
-    t = {name: values[1] for name, values in result["times"].items()}
+    """Format a result: medians in ms, with the spread of ours, and ratios."""
     shape = "×".join(map(str, result["shape"]))
     layout = "NHWC" if result["channels_last"] else "NCHW"
-    frozen = t.get("frozen_bn both")
+    low, ours, high = result["times"]["fused both"]
+    others = [median(result, f"{name} both") for name in ("pytorch", "frozen_bn", "compiled")]
     return [
         shape, result["groups"], layout, result["dtype"],
-        t["copy"] * 1e3, t["pytorch both"] * 1e3, t["fused both"] * 1e3,
-        t["fused forward"] / t["pytorch forward"], t["fused both"] / t["pytorch both"],
-        t["fused both"] / t["copy"], t["fused both"] / frozen if frozen else None,
+        median(result, "copy") * 1e3, others[0] * 1e3, ours * 1e3, (high - low) * 1e3,
+        median(result, "fused forward") / median(result, "pytorch forward"),
+        ours / others[0], ours / median(result, "copy"), ours / others[1], ours / others[2],
     ]  # fmt: skip
+
+
+def summary(results: list[dict]) -> list[list]:
+    """List the largest and smallest of the ratios that docs/performance.md names."""
+
+    def key(result: dict) -> tuple:
+        return (*result["shape"], result["channels_last"], result["dtype"])
+
+    def bytes_of(result: dict) -> int:
+        return math.prod(result["shape"]) * (4 if result["dtype"] == "float32" else 2)
+
+    g32 = {key(r): r for r in results if r["groups"] == 32}
+    pairs = [(r, g32[key(r)]) for r in results if r["groups"] == 1 and key(r) in g32]
+    ratios = {
+        "ours / PyTorch, forward": [
+            median(r, "fused forward") / median(r, "pytorch forward") for r in results
+        ],
+        "ours / PyTorch, forward + backward": [
+            median(r, "fused both") / median(r, "pytorch both") for r in results
+        ],
+        "ours / PyTorch, forward, G = 1": [
+            median(r, "fused forward") / median(r, "pytorch forward") for r, _ in pairs
+        ],
+        "PyTorch's forward, G = 1 / G = 32": [
+            median(a, "pytorch forward") / median(b, "pytorch forward") for a, b in pairs
+        ],
+        "ours, forward + backward, G = 1 / G = 32": [
+            median(a, "fused both") / median(b, "fused both") for a, b in pairs
+        ],
+        "ours / copy, forward + backward, 64 MB and more": [
+            median(r, "fused both") / median(r, "copy") for r in results if bytes_of(r) >= 64e6
+        ],
+        "PyTorch's autocast / ours, forward + backward, G = 32": [
+            median(r, "pytorch both") / median(r, "fused both")
+            for _, r in pairs if r["dtype"] != "float32"
+        ],
+    }  # fmt: skip
+    return [
+        [name, *((min(v), statistics.median(v), max(v)) if v else ["not run"] * 3)]
+        for name, v in ratios.items()
+    ]
+
+
+def compilations() -> int:
+    """Count what Triton compiles for six image sizes after a first one."""
+    from gn_practical.layers import group_norm_kernels as module
+
+    names = ("_moments", "_combine", "_normalize", "_sums", "_gradient")
+    kernels = [getattr(module, name) for name in names]
+    counts = []
+    for size in [(200, 336), (160, 168), (25, 42), (7, 7), (13, 21), (199, 301), (96, 128)]:
+        x = torch.randn(2, 64, *size, device="cuda", requires_grad=True)
+        weight = torch.ones(64, device="cuda", requires_grad=True)
+        fused_group_norm(x, 16, weight, weight, residual=x, relu=True).sum().backward()
+        counts.append(sum(len(cache[0]) for k in kernels for cache in k.device_caches.values()))
+    return counts[-1] - counts[0]
 
 
 def draw(results: list[dict], path: Path) -> None:
@@ -147,6 +217,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--large", action="store_true", help="PFPN's shapes on the CPU too")
+    parser.add_argument("--compile", action="store_true", help="torch.compile on the CPU too")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--output", type=Path, default=Path("output/benchmarks"))
     args = parser.parse_args()
@@ -154,12 +225,18 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
     print(f"{device}: {machine or platform.machine()}, torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads; the operator runs {backend(device)}.")  # fmt: skip
+    compiled = args.compile or device == "cuda"
     if device == "cpu":
-        print("Not run: CUDA, torch.compile" + ("." if args.large else ", PFPN's own shapes."))
-    results = [measure(case, device, args.repeats) for case in cases(device, args.large)]
-    headers = ("shape", "G", "layout", "dtype", "copy ms", "PyTorch ms", "fused ms",
-               "fwd/PyTorch", "both/PyTorch", "both/copy", "both/FrozenBN")  # fmt: skip
+        left_out = {"torch.compile": compiled, "PFPN's own shapes": args.large}
+        print("Not run:", ", ".join(["CUDA", *(k for k, v in left_out.items() if not v)]) + ".")
+    results = [measure(case, device, args.repeats, compiled) for case in cases(device, args.large)]
+    headers = ("shape", "G", "layout", "dtype", "copy ms", "PyTorch ms", "fused ms", "spread ms",
+               "fwd/PyTorch", "both/PyTorch", "both/copy", "both/FrozenBN",
+               "both/compiled")  # fmt: skip
     print(tabulate(map(row, results), headers=headers, floatfmt=".2f"))
+    print(tabulate(summary(results), headers=("ratio", "least", "median", "most"), floatfmt=".2f"))
+    if device == "cuda":
+        print(f"Kernels compiled after warm-up, over six image sizes: {compilations()}.")
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "group_norm.json").write_text(json.dumps(results, indent=1))
     draw(results, args.output / "group_norm.png")

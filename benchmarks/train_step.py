@@ -1,6 +1,7 @@
-"""Time whole training steps: PGN + WS, fused and not, GN(32) and the zoo's FrozenBN.
+"""Time whole training steps and inference: PGN, PyTorch's GN(32) and the zoo's FrozenBN.
 
     python benchmarks/train_step.py                  # R-50 at 800 × 1333 on CUDA, small on the CPU
+    python benchmarks/train_step.py --variants "PGN + WS" "GN(32)" --models pfpn_pgn_all
 
 The models take turns in one process on the same images; ratios are of the medians. Weights are
 random, which FrozenBN does not normalize: without pretrained weights its detections, and so its
@@ -10,42 +11,53 @@ times, do not compare.
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 
 import torch
+from clock import clock
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
+from live_bytes import LiveBytes
 from tabulate import tabulate
 from torch import nn
 
 from gn_practical import add_pgn_config, build_model
+from gn_practical.engine import load_cfg
 
-BASES = {
-    "pfpn": "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
-    "faster_rcnn": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
+# Configs of this project, and of the zoo for the same model.
+CONFIGS = {
+    "pfpn_pgn_all": "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
+    "faster_rcnn_gn_ws_pgn": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
 }
+FOLDER = Path(__file__).parents[1] / "configs"
 VARIANTS = {
-    "PGN + WS": {"NORM": "PGN", "WS": True, "FUSED": True},
-    "PGN": {"NORM": "PGN", "WS": False, "FUSED": True},
-    "PGN, not fused": {"NORM": "PGN", "WS": False, "FUSED": False},
-    "GN(32)": {"NORM": "GN", "WS": False, "FUSED": False},
-    "FrozenBN of the zoo": {"NORM": "FrozenBN", "WS": False, "FUSED": False},
+    "PGN + WS": {"NORM": "PGN", "WS": True},
+    "PGN": {"NORM": "PGN"},
+    "PGN, not fused": {"NORM": "PGN", "FUSED": False},
+    "PGN, memory mode": {"NORM": "PGN", "RECOMPUTE": True},
+    "GN(32) + WS": {"NORM": "GN", "WS": True},
+    "GN(32)": {"NORM": "GN"},
+    "FrozenBN of the zoo": {"NORM": "FrozenBN"},
 }
 
 
-def config(base: str, variant: dict, device: str) -> CfgNode:
-    """Return the config of a variant; every norm of the network is of the same type."""
-    cfg = model_zoo.get_config(BASES[base])
-    add_pgn_config(cfg)
+def config(name: str, variant: dict, device: str) -> CfgNode:
+    """Return the config of a variant: this project's with another norm, or the zoo's."""
+    if variant["NORM"] == "FrozenBN":
+        cfg = model_zoo.get_config(CONFIGS[name])
+        add_pgn_config(cfg)
+    else:
+        cfg = load_cfg(str(FOLDER / f"{name}.yaml"), ["MODEL.DEVICE", device]).clone()
+        cfg.defrost()
+        for part in cfg.MODEL.values():
+            if isinstance(part, CfgNode) and part.get("NORM") == "PGN":
+                part.NORM = variant["NORM"]
+        cfg.MODEL.WS.ENABLED = variant.get("WS", False)
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = device, ""
-    cfg.MODEL.RESNETS.NORM = variant["NORM"]
-    if variant["NORM"] != "FrozenBN":
-        cfg.MODEL.BACKBONE.FREEZE_AT = 0
-        cfg.MODEL.FPN.NORM = cfg.MODEL.SEM_SEG_HEAD.NORM = variant["NORM"]
-    cfg.MODEL.WS.ENABLED, cfg.MODEL.PGN.FUSED = variant["WS"], variant["FUSED"]
+    cfg.MODEL.PGN.FUSED = variant.get("FUSED", True)
+    cfg.MODEL.PGN.RECOMPUTE = variant.get("RECOMPUTE", False)
     return cfg
 
 
@@ -65,61 +77,68 @@ def batch(height: int, width: int, images: int) -> list[dict]:
 def step(model: nn.Module, data: list[dict], amp: bool) -> float:
     """Time one forward and backward pass."""
     device = next(model.parameters()).device.type
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    now = clock(device)
+    start = now()
     with torch.autocast(device, torch.bfloat16, enabled=amp):
         loss = sum(model(data).values())
     loss.backward()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    seconds = now() - start
     model.zero_grad(set_to_none=True)
-    return time.perf_counter() - start
+    return seconds
 
 
 def infer(model: nn.Module, data: list[dict], amp: bool) -> float:
     """Time inference."""
     device = next(model.parameters()).device.type
     model.eval()
-    start = time.perf_counter()
+    now = clock(device)
+    start = now()
     with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=amp):
         model(data)
-    if device == "cuda":
-        torch.cuda.synchronize()
+    seconds = now() - start
     model.train()
-    return time.perf_counter() - start
+    return seconds
 
 
-def measure(base: str, device: str, repeats: int, size: tuple[int, int], amp: bool) -> list[dict]:
-    """Time all variants in turns."""
+def peak_bytes(model: nn.Module, data: list[dict], amp: bool) -> int:
+    """Return the most bytes that a step holds: of the allocator on CUDA, of tensors on the CPU."""
+    if next(model.parameters()).is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        step(model, data, amp)
+        return torch.cuda.max_memory_allocated()
+    with LiveBytes(model) as live:
+        step(model, data, amp)
+    return live.peak
+
+
+def measure(
+    name: str, variants: list[str], device: str, repeats: int, size: tuple[int, int], amp: bool
+) -> list[dict]:
+    """Time the variants in turns."""
     data = batch(*size, 2 if device == "cuda" else 1)
     models = {}
-    for name, variant in VARIANTS.items():
+    for variant in variants:
         torch.manual_seed(0)
-        models[name] = build_model(config(base, variant, device)).train()
-    times: dict[str, tuple[list, list]] = {name: ([], []) for name in models}
-    memory = dict.fromkeys(models, 0)
+        models[variant] = build_model(config(name, VARIANTS[variant], device)).train()
+    times: dict[str, tuple[list, list]] = {variant: ([], []) for variant in models}
     with EventStorage():
         for turn in range(repeats + 1):
-            for name, model in models.items():
-                if device == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                train, inference = step(model, data, amp), infer(model, data, amp)
-                if device == "cuda":
-                    memory[name] = torch.cuda.max_memory_allocated()
+            for variant, model in models.items():
+                seconds = step(model, data, amp), infer(model, data, amp)
                 if turn:
-                    times[name][0].append(train)
-                    times[name][1].append(inference)
+                    for values, value in zip(times[variant], seconds, strict=True):
+                        values.append(value)
+        peaks = {variant: peak_bytes(model, data, amp) for variant, model in models.items()}
     return [
-        {"model": base, "norm": name, "train": t, "inference": i, "peak_bytes": memory[name]}
-        for name, (t, i) in times.items()
+        {"model": name, "norm": v, "train": t, "inference": i, "peak_bytes": peaks[v]}
+        for v, (t, i) in times.items()
     ]
 
 
 def rows(results: list[dict]) -> list[list]:
     """Format medians in ms, their spread, and ratios to GN(32)."""
     median = statistics.median
-    reference = next(r for r in results if r["norm"] == "GN(32)")
+    reference = next((r for r in results if r["norm"] == "GN(32)"), results[0])
     return [
         [
             r["model"], r["norm"], median(r["train"]) * 1e3,
@@ -127,7 +146,7 @@ def rows(results: list[dict]) -> list[list]:
             median(r["train"]) / median(reference["train"]),
             median(r["inference"]) * 1e3,
             median(r["inference"]) / median(reference["inference"]),
-            r["peak_bytes"] / 2**30 or "not run",
+            r["peak_bytes"] / 2**30, r["peak_bytes"] / reference["peak_bytes"],
         ]
         for r in results
     ]  # fmt: skip
@@ -139,19 +158,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--size", type=int, nargs=2, help="height and width in pixels")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--models", nargs="+", choices=BASES, default=list(BASES))
+    parser.add_argument("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--output", type=Path, default=Path("output/benchmarks"))
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = tuple(args.size or ((800, 1333) if device == "cuda" else (192, 256)))
     print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads, {size}.")
     if device == "cpu":
-        print("Not run: CUDA, peak memory.")
-    headers = ("model", "norm", "step ms", "range", "to GN(32)", "inference ms", "to GN(32)", "GiB")
+        print("Not run: CUDA, peak memory of its allocator; GiB are of live tensors.")
+    headers = ("model", "norm", "step ms", "range", "to GN(32)", "inference ms", "to GN(32)",
+               "peak GiB", "to GN(32)")  # fmt: skip
     results = []
-    for base in args.models:
-        measured = measure(base, device, args.repeats, size, args.amp)
-        print(tabulate(rows(measured), headers=headers, floatfmt=".2f"))
+    for name in args.models:
+        measured = measure(name, args.variants, device, args.repeats, size, args.amp)
+        print(tabulate(rows(measured), headers=headers, floatfmt=".2f"), flush=True)
         results += measured
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "train_step.json"

@@ -8,18 +8,22 @@ float64, empty batches, double backward, tracing, scripting and export. The numb
 
 import importlib.util
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gn_practical.layers import recomputation
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 SLAB = 2048  # pixels that the CPU's backward pass adds up in one go
+LARGE_MEAN = 16  # in standard deviations: four bits of a float32 sum are lost
 CHECKED_FORMATS = (torch.contiguous_format, torch.channels_last)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on the CPU, slowly
 
@@ -98,11 +102,7 @@ def _kernels_take(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> bool:
-    if not (x.is_cuda or INTERPRETED) or not HAS_TRITON or x.dtype not in DTYPES:
-        return False
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        return False
-    if x.is_cuda and torch.version.hip is None and _compute_capability(x) < 8:
+    if not kernels_run(x):
         return False
     channels = x.shape[1] if x.dim() > 1 else 0
     if x.numel() == 0 or num_groups < 1 or channels % num_groups:
@@ -118,6 +118,15 @@ def _kernels_take(
     )
 
 
+def kernels_run(x: Tensor) -> bool:
+    """Whether Triton kernels can take ``x``, by device and dtype, and in what runs here."""
+    if not (x.is_cuda or INTERPRETED) or not HAS_TRITON or x.dtype not in DTYPES:
+        return False
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    return not (x.is_cuda and torch.version.hip is None and _compute_capability(x) < 8)
+
+
 @torch.compiler.assume_constant_result
 @cache
 def _kernels_agree(device: str) -> bool:
@@ -125,23 +134,37 @@ def _kernels_agree(device: str) -> bool:
 
     A driver, a Triton or a GPU that breaks them costs speed and a warning, not the run.
     """
+    return agrees(_largest_difference, device)
+
+
+def agrees(compare: Callable[[str], float], device: str) -> bool:
+    """Whether ``compare`` finds kernels and PyTorch alike; warns where it does not.
+
+    Args:
+        compare: returns the largest relative difference on a device.
+        device: where.
+    """
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            differences = [_largest_difference(device, memory) for memory in CHECKED_FORMATS]
+            difference = compare(device)
     except Exception as error:  # of the compiler, the driver or the launch: of many kinds
         reason = f"{type(error).__name__}: {error}"
     else:
-        if max(differences) < 1e-3:
+        if difference < 1e-3:
             return True
-        reason = f"they differ by {max(differences):.3g}"
+        reason = f"they differ by {difference:.3g}"
     logging.getLogger(__name__).warning(
-        "PyTorch's group norm runs in place of the Triton kernels on %s: %s", device, reason
+        "PyTorch's operators run in place of the Triton kernels on %s: %s", device, reason
     )
     return False
 
 
-def _largest_difference(device: str, layout: torch.memory_format) -> float:
-    """Compare output and gradients of the kernels and of PyTorch on one input."""
+def _largest_difference(device: str) -> float:
+    """Compare outputs and gradients of the kernels and of PyTorch on small inputs."""
+    return max(_difference(device, layout) for layout in CHECKED_FORMATS)
+
+
+def _difference(device: str, layout: torch.memory_format) -> float:
     x = torch.linspace(0, 99, 2 * 8 * 24 * 24, device=device).sin().add(1).view(2, 8, 24, 24)
     inputs = [x.contiguous(memory_format=layout), x[0, :, 0, 0] + 1, x[1, :, 0, 0], x.flip(0)]
     inputs = [t.clone().requires_grad_() for t in inputs]
@@ -151,9 +174,13 @@ def _largest_difference(device: str, layout: torch.memory_format) -> float:
         _compose(x, 2, weight, bias, 1e-5, residual, True),
     )
     ours, pytorch = ((y, *torch.autograd.grad(y.square().sum(), inputs)) for y in outputs)
-    return max(
-        ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, pytorch, strict=True)
-    )
+    return relative_difference(ours, pytorch)
+
+
+def relative_difference(ours: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """Return the largest difference of two lists of tensors, relative to each one's largest."""
+    pairs = zip(ours, others, strict=True)
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
 def _compute_capability(x: Tensor) -> int:
@@ -192,11 +219,58 @@ def _run_pytorch(
         weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
     if _is_slow_on_cpu(x, num_groups, weight, bias):
         y = _ManyGroups.apply(x, weight, bias, num_groups, eps)[0]
+    elif _loses_digits(x, num_groups, weight):
+        y, x = _group_norm_about_zero(x, num_groups, weight, bias, eps)
     else:
         y = F.group_norm(x, num_groups, weight, bias, eps)
     if residual is not None:
         y.add_(residual)
+    if recomputation.is_active():  # before the ReLU, which stores its output
+        recomputation.remember(
+            y,
+            lambda x, w, b, r: fused_group_norm(x, num_groups, w, b, eps, r, relu),
+            (x, weight, bias, residual),
+            writes=int(relu),
+        )
     return F.relu_(y) if relu else y
+
+
+# --- CPU: large means ----------------------------------------------------------------------------
+
+
+def _loses_digits(x: Tensor, num_groups: int, weight: Tensor | None) -> bool:
+    """Whether PyTorch's dγ = (Σ dy x - mean Σ dy) rstd may cancel for a large mean."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype is torch.float32
+        and torch.is_grad_enabled()
+        and (x.requires_grad or (weight is not None and weight.requires_grad))
+        and not torch._C._are_functorch_transforms_active()
+        and x.dim() > 1
+        and num_groups > 0
+        and x.shape[1] % num_groups == 0
+        and x.numel() > x.shape[0] * num_groups > 0  # PyTorch's own errors stay as they are
+    )
+
+
+def _group_norm_about_zero(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return the norm, and the input that it took: ``x``, or ``x`` less its groups' means.
+
+    The norm of both is the same. The second costs a pass, so it is for large means alone, and no
+    memory: it is stored in place of ``x``.
+    """
+    x = x.contiguous(memory_format=memory_format(x))
+    batch, channels, *rest = x.shape
+    sizes = (batch, channels, math.prod(rest), num_groups)
+    y, mean, rstd = torch.native_group_norm(x, weight, bias, *sizes, eps)
+    mean = mean.detach()
+    if torch.linalg.vector_norm(mean * rstd.detach(), math.inf).item() < LARGE_MEAN:
+        return y, x
+    mean = mean.repeat_interleave(channels // num_groups, 1)
+    x = x - mean.view(batch, channels, *[1] * len(rest))
+    return torch.native_group_norm(x, weight, bias, *sizes, eps)[0], x
 
 
 # --- CUDA: the custom operator -------------------------------------------------------------------
@@ -279,10 +353,25 @@ def memory_format(x: Tensor) -> torch.memory_format:
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weight, bias, residual, ctx.num_groups, ctx.eps, ctx.relu = inputs
     y, mean, rstd = output
+    recomputation.remember(y, partial(_normalize, ctx.relu), (*inputs[:4], mean, rstd))
     # The mask of the ReLU follows from x alone, unless a residual was added.
     y = y if ctx.relu and residual is not None else None
     ctx.save_for_backward(x, weight, bias, y, mean, rstd)
     ctx.set_materialize_grads(False)
+
+
+def _normalize(
+    relu: bool,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+) -> Tensor:
+    from gn_practical.layers import group_norm_kernels
+
+    return group_norm_kernels.normalize(x, weight, bias, residual, mean, rstd, relu)
 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:

@@ -1,5 +1,8 @@
 """Group normalization that learns its number of groups from the layer that feeds it."""
 
+import logging
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +50,8 @@ class PracticalGroupNorm(nn.GroupNorm):
     """
 
     in_channels: int | None
+    # Run groups of a single value, with a warning, for an experiment that shows what they do.
+    allow_degenerate = False
 
     def __init__(self, num_channels: int, eps: float = 1e-5, affine: bool = True) -> None:
         super().__init__(1, num_channels, eps=eps, affine=affine)
@@ -83,16 +88,25 @@ class PracticalGroupNorm(nn.GroupNorm):
 
     def _refuse_degenerate_groups(self, input: Tensor) -> None:
         size = self.num_channels // self.num_groups
-        if size == 1 and input.numel() == input.shape[0] * input.shape[1] != 0:
-            raise ValueError(
-                "A group must hold more than one value, or its output is constant and its gradient "
-                f"zero, got num_groups={self.num_groups} for an input of shape "
-                f"{tuple(input.shape)}. Choose fewer groups for this layer: "
-                "MODEL.PGN.LAYER_NUM_GROUPS or norm.bind(in_channels, num_groups)."
-            )
+        if size > 1 or input.numel() != input.shape[0] * input.shape[1] or not input.numel():
+            return
+        message = (
+            "A group must hold more than one value, or its output is constant and its gradient "
+            f"zero, got num_groups={self.num_groups} for an input of shape {tuple(input.shape)}. "
+            "Choose fewer groups for this layer: MODEL.PGN.LAYER_NUM_GROUPS or "
+            "norm.bind(in_channels, num_groups). MODEL.PGN.ALLOW_DEGENERATE True runs it as it is."
+        )
+        if not self.allow_degenerate:
+            raise ValueError(message)
+        _warn_once(message)
 
     def extra_repr(self) -> str:
         """Show both channels, the groups and the options."""
         channels = f"{self.in_channels or '?'} -> {self.num_channels}"
         groups = self.num_groups or "unbound"
         return f"{channels}, num_groups={groups}, eps={self.eps}, affine={self.affine}"
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logging.getLogger(__name__).warning("Degenerate groups run as they were told to. %s", message)

@@ -15,8 +15,8 @@ the mask, dz written as its gradient, which step 3 then reads in place of dy, ba
 
 Numerics: float32 throughout; a tile's moments are taken about its own mean and x̂ from x - mean, so
 nothing cancels when the mean is large; no atomics, so results repeat bit by bit. The ReLU's mask
-is computed again from x. Integers are not specialized: a new image size compiles nothing, but for
-the two or three tile shapes that exist.
+is computed again from x. Integers are not specialized, and the first launch of a kernel compiles
+it for the few tiles that other image sizes take: a new size compiles nothing.
 """
 
 # ruff: noqa: ANN001, ANN202 -- Triton reads annotations of kernels as constexpr or nothing.
@@ -28,9 +28,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gn_practical.layers.fused_group_norm import memory_format
+from gn_practical.layers.fused_group_norm import INTERPRETED, memory_format
 
 TILE = 4096  # values a program holds in registers: 32 for each of 128 threads
+ROW_TILES = (4096, 512, 64)  # pixels of a tile of contiguous rows, for long and short ones
+MERGE_TILES = ((64, 16), (1, 1024))  # rows and moments of a tile, for few and many moments a row
 INTEGERS = ["N", "C", "HW", "G", "chunks", "rows", "K", "span"]
 
 
@@ -236,11 +238,13 @@ class Tiling(NamedTuple):
         grid: blocks of rows, chunks of pixels.
         sizes: N, C, HW as the kernels take them: the inner one of C and HW in units of VECTOR.
         constants: the kernels' compile-time arguments.
+        others: those that the same layer takes for other image sizes.
     """
 
     grid: tuple[int, int]
     sizes: tuple[int, int, int]
     constants: dict[str, Any]
+    others: list[dict[str, Any]]
 
     @property
     def span(self) -> int:
@@ -253,27 +257,44 @@ def tile(x: Tensor) -> Tiling:
     channels_last = memory_format(x) is not torch.contiguous_format
     batch, channels = x.shape[:2]
     pixels = x[0, 0].numel()
+    vector = 16 // x.element_size()
+    wide = vector if (channels if channels_last else pixels) % vector == 0 else 1
     if channels_last:
         block_c = min(triton.next_power_of_2(channels), 64)
-        block_p, steps = TILE // block_c, 4
+        constants = _constants(True, wide, TILE // block_c, 4)
+        others = []  # of the image's size nothing depends
         row_blocks = batch * triton.cdiv(channels, block_c)
+        sizes = (batch, channels // wide, pixels)
     else:
-        block_p, steps = (4096 if pixels >= 4096 else 512 if pixels > 256 else 64), 1
-        block_c = TILE // block_p
-        row_blocks = triton.cdiv(batch * channels, block_c)
-    vector = 16 // x.element_size()
-    inner = channels if channels_last else pixels
-    vector = 1 if inner % vector else vector
-    sizes = (
-        batch,
-        *((channels // vector, pixels) if channels_last else (channels, pixels // vector)),
-    )
-    return Tiling(
-        (row_blocks, triton.cdiv(pixels, block_p * steps)),
-        sizes,
-        {"CHANNELS_LAST": channels_last, "VECTOR": vector, "BLOCK_C": block_c,
-         "BLOCK_P": block_p, "STEPS": steps},
-    )  # fmt: skip
+        block_p = ROW_TILES[0 if pixels >= 4096 else 1 if pixels > 256 else 2]
+        constants = _constants(False, wide, block_p, 1)
+        others = [_constants(False, v, p, 1) for v in (1, vector) for p in ROW_TILES]
+        row_blocks = triton.cdiv(batch * channels, constants["BLOCK_C"])
+        sizes = (batch, channels, pixels // wide)
+    chunks = triton.cdiv(pixels, constants["BLOCK_P"] * constants["STEPS"])
+    return Tiling((row_blocks, chunks), sizes, constants, others)
+
+
+def _constants(channels_last: bool, vector: int, block_p: int, steps: int) -> dict[str, Any]:
+    return {"CHANNELS_LAST": channels_last, "VECTOR": vector, "BLOCK_C": TILE // block_p,
+            "BLOCK_P": block_p, "STEPS": steps}  # fmt: skip
+
+
+_compiled: set[tuple] = set()
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], others: list[dict], *args: Any, **constants: Any
+) -> None:
+    """Launch a kernel; the first time, compile it with the ``others`` of its constants too."""
+    if others and not INTERPRETED:
+        types = (getattr(a, "dtype", None) for a in args)
+        key = (kernel, *types, *(v for k, v in constants.items() if k not in others[0]))
+        if key not in _compiled:
+            _compiled.add(key)
+            for other in others:
+                kernel.warmup(*args, grid=grid, **{**constants, **other})
+    kernel[grid](*args, **constants)
 
 
 def forward(
@@ -296,26 +317,43 @@ def forward(
         eps: added to the variance under the root.
         relu: apply ReLU last.
     """
+    x = x.contiguous(memory_format=memory_format(x))
+    with torch.cuda.device_of(x):
+        mean, rstd = _statistics(x, tile(x), num_groups, eps)
+    return normalize(x, weight, bias, residual, mean, rstd, relu), mean, rstd
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    relu: bool,
+) -> Tensor:
+    """Return y from the statistics: the last step of :func:`forward`, with its arguments."""
     layout = memory_format(x)
     x = x.contiguous(memory_format=layout)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=layout)
     tiling = tile(x)
+    y = torch.empty_like(x)
     with torch.cuda.device_of(x):
-        mean, rstd = _statistics(x, tiling, num_groups, eps)
-        y = torch.empty_like(x)
-        if residual is not None:
-            residual = residual.contiguous(memory_format=layout)
-        _normalize[tiling.grid](
-            x, residual, y, mean, rstd, weight, bias, *tiling.sizes, num_groups,
+        _launch(
+            _normalize, tiling.grid, tiling.others,
+            x, residual, y, mean, rstd, weight, bias, *tiling.sizes, mean.shape[1],
             RELU=relu, RESIDUAL=residual is not None, **tiling.constants,
         )  # fmt: skip
-    return y, mean, rstd
+    return y
 
 
 def _statistics(x: Tensor, tiling: Tiling, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     batch, channels = x.shape[:2]
     pixels, chunks = x[0, 0].numel(), tiling.grid[1]
-    means, m2 = x.new_empty(2, batch * channels, chunks, dtype=torch.float32)
-    _moments[tiling.grid](x, means, m2, *tiling.sizes, **tiling.constants)
+    means, m2 = (x.new_empty(batch * channels, chunks, dtype=torch.float32) for _ in range(2))
+    args = (x, means, m2, *tiling.sizes)
+    _launch(_moments, tiling.grid, tiling.others, *args, **tiling.constants)
     if chunks > 1:
         means, m2 = _merge(means, m2, batch * channels, chunks, tiling.span, pixels)
     mean, rstd = _merge(means, m2, batch * num_groups, 1, pixels, pixels, eps)
@@ -328,10 +366,12 @@ def _merge(
     """Combine to ``rows`` moments; with ``eps``, to means and rstd."""
     size = means.numel() // rows
     mean, out = means.new_empty(rows), means.new_empty(rows)  # outputs must not share memory
-    block_r, block_k = (64, 16) if size <= 64 else (1, 1024)
-    _combine[(triton.cdiv(rows, block_r),)](
-        means, m2, mean, out, rows, size, chunks, span, pixels, eps,
-        FINAL=eps >= 0, BLOCK_R=block_r, BLOCK_K=block_k,
+    tiles = [{"BLOCK_R": block_r, "BLOCK_K": block_k} for block_r, block_k in MERGE_TILES]
+    constants = tiles[0 if size <= 64 else 1]
+    others = [{"FINAL": final, **sizes} for final in (False, True) for sizes in tiles]
+    _launch(
+        _combine, (triton.cdiv(rows, constants["BLOCK_R"]),), others,
+        means, m2, mean, out, rows, size, chunks, span, pixels, eps, FINAL=eps >= 0, **constants,
     )  # fmt: skip
     return mean, out
 
@@ -368,12 +408,14 @@ def backward(
     dz = x.new_empty(0) if y is None else torch.empty_like(x)
     with torch.cuda.device_of(x):
         sums = x.new_empty(2, batch * channels, tiling.grid[1], dtype=torch.float32)
-        _sums[tiling.grid](
-            dy, x, y, dz, sums, *parameters, RELU=relu, RESIDUAL=y is not None, **tiling.constants
-        )
+        _launch(
+            _sums, tiling.grid, tiling.others, dy, x, y, dz, sums, *parameters,
+            RELU=relu, RESIDUAL=y is not None, **tiling.constants,
+        )  # fmt: skip
         sums = sums.sum(-1).view(2, batch, channels)
         groups = (sums * weight).view(2, batch, num_groups, -1).sum(-1)
-        _gradient[tiling.grid](
+        _launch(
+            _gradient, tiling.grid, tiling.others,
             dy if y is None else dz, x, dx, groups, *parameters,
             RELU=relu and y is None, **tiling.constants,
         )  # fmt: skip

@@ -1,12 +1,18 @@
 """Weight standardization of convolutions."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from detectron2.layers import Conv2d
 from torch import Tensor
 
-from gn_practical.layers.fused_group_norm import differentiable_grads
+from gn_practical.layers.fused_group_norm import (
+    agrees,
+    differentiable_grads,
+    kernels_run,
+    relative_difference,
+)
 
 EPS = 1e-5
 
@@ -42,6 +48,8 @@ def standardize_weight(weight: Tensor, eps: float = EPS) -> Tensor:
             f"{fan_in} for a weight of shape {tuple(weight.shape)}. Exclude the layer with "
             "MODEL.WS.EXCLUDE."
         )
+    if eps and _kernels_take(weight):
+        return _standardize(weight.flatten(1).contiguous(), eps)[0].view(weight.shape)
     flat = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
     if torch.jit.is_tracing() or torch.compiler.is_compiling() or not eps:
         return _compose(flat, eps).to(weight.dtype).view_as(weight)
@@ -91,6 +99,69 @@ class _Standardize(torch.autograd.Function):
             dy, y, y.shape[1:], torch.zeros_like(r), factor, None, None, [True, False, False]
         )
         return grad.mul_(r / (t * factor)), None
+
+
+@torch.library.custom_op("gn_practical::standardize_weight", mutates_args=())
+def _standardize(flat: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    from gn_practical.layers import weight_standardization_kernels  # Triton is optional
+
+    return weight_standardization_kernels.forward(flat, eps)
+
+
+@torch.library.custom_op("gn_practical::standardize_weight_backward", mutates_args=())
+def _standardize_backward(
+    dy: Tensor, flat: Tensor, mean: Tensor, std: Tensor, eps: float
+) -> Tensor:
+    from gn_practical.layers import weight_standardization_kernels
+
+    return weight_standardization_kernels.backward(dy, flat, mean, std, eps)
+
+
+@_standardize.register_fake
+def _(flat: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    mean = flat.new_empty(flat.shape[0], dtype=torch.float32)
+    return torch.empty_like(flat), mean, torch.empty_like(mean)
+
+
+@_standardize_backward.register_fake
+def _(dy: Tensor, flat: Tensor, mean: Tensor, std: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(flat)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    flat, ctx.eps = inputs
+    ctx.save_for_backward(flat, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, None]:
+    flat, mean, std = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return *differentiable_grads(lambda w: _compose(w, ctx.eps), (flat,), dy), None
+    return _standardize_backward(dy, flat, mean, std, ctx.eps), None
+
+
+_standardize.register_autograd(_differentiate, setup_context=_save)
+
+
+def _kernels_take(weight: Tensor) -> bool:
+    if not kernels_run(weight) or weight.numel() == 0:
+        return False
+    return not weight.is_cuda or _kernels_agree(str(weight.device))
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _kernels_agree(device: str) -> bool:
+    """Whether the kernels give PyTorch's numbers on this device, tried once on a small input."""
+    return agrees(_largest_difference, device)
+
+
+def _largest_difference(device: str) -> float:
+    flat = torch.linspace(0, 99, 8 * 3000, device=device).sin().view(8, -1).requires_grad_()
+    outputs = (_standardize(flat, EPS)[0], _compose(flat, EPS))
+    upstream = flat.detach().cos()
+    return relative_difference(*((y, *torch.autograd.grad(y, flat, upstream)) for y in outputs))
 
 
 def _kappa(flat: Tensor) -> float:

@@ -16,6 +16,8 @@ from gn_practical.num_groups import (
 
 # One (pattern, value) entry of a config key.
 PatternValues = Sequence[tuple[str, int]]
+# In place of a number of groups: as many as the layer has channels, which is instance norm.
+ALL_CHANNELS = -1
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ def bind_group_norms(
 
     Args:
         model: any module; Detectron2's, torchvision's or your own.
-        num_groups: 0 for ``rule``, layer by layer; or one number for all layers.
+        num_groups: 0 for ``rule``, layer by layer; or one number for all layers; -1 for as many
+            groups as channels.
         rule: "paper" (Algorithm 1) or "exact", see :func:`practical_num_groups`.
         gain_ratio: F / B of the activation after the norms, 1 for the ReLU family; see
             :func:`gn_practical.activation_gain.gain_ratio`.
@@ -100,6 +103,7 @@ def bind_group_norms(
         producer = producers.get(path)
         n_in = given[path] if path in given else layer_channels(producer.layer)[0]
         chosen = groups.get(path, num_groups)
+        chosen = norm.num_channels if chosen == ALL_CHANNELS else chosen
         chosen = chosen or practical_num_groups(n_in, norm.num_channels, gain_ratio, rule)
         _bind(norm, path, n_in, chosen)
         table.append(_describe(norm, path, producer.path if producer else "", gain_ratio))

@@ -8,8 +8,10 @@ from tabulate import tabulate
 from torch import nn
 
 from gn_practical.activation_gain import gain_ratio
+from gn_practical.layers import PracticalGroupNorm
 from gn_practical.layers.fused_group_norm import backend
-from gn_practical.modeling.binding import GroupNormBinding, bind_group_norms
+from gn_practical.layers.recomputation import recompute_outputs
+from gn_practical.modeling.binding import ALL_CHANNELS, GroupNormBinding, bind_group_norms
 from gn_practical.modeling.conversion import convert_to_ws
 from gn_practical.modeling.fusion import fuse_norms
 
@@ -46,7 +48,20 @@ def build_model(cfg: CfgNode) -> nn.Module:
         paths = fuse_norms(model)
         what = backend(cfg.MODEL.DEVICE)
         logger.info("%d PGN layers take their ReLU along. They run %s.", len(paths), what)
+    if cfg.MODEL.PGN.RECOMPUTE:
+        _check_memory_mode(len(table), cfg.MODEL.PGN.FUSED)
+        recompute_outputs(model)
+        logger.info("Outputs of PGN layers are computed again in the backward pass, not stored.")
     return model
+
+
+def _check_memory_mode(norms: int, fused: bool) -> None:
+    if not norms or not fused:
+        raise ValueError(
+            "MODEL.PGN.RECOMPUTE must meet PGN norms that run as one with their ReLU, got "
+            f"{norms} PGN norms and MODEL.PGN.FUSED={fused}. Set MODEL.PGN.FUSED True and a NORM "
+            'to "PGN", or MODEL.PGN.RECOMPUTE False.'
+        )
 
 
 def bind_model(model: nn.Module, cfg: CfgNode) -> list[GroupNormBinding]:
@@ -57,14 +72,31 @@ def bind_model(model: nn.Module, cfg: CfgNode) -> list[GroupNormBinding]:
         cfg: a config with the keys of :func:`gn_practical.add_pgn_config`.
     """
     pgn = cfg.MODEL.PGN
+    for module in model.modules():
+        if isinstance(module, PracticalGroupNorm):
+            module.allow_degenerate = pgn.ALLOW_DEGENERATE
     return bind_group_norms(
         model,
-        pgn.NUM_GROUPS,
+        _num_groups(cfg),
         rule=pgn.RULE,
         gain_ratio=gain_ratio(pgn.ACTIVATION),
         layer_num_groups=pgn.LAYER_NUM_GROUPS,
         in_channels=pgn.IN_CHANNELS,
     )
+
+
+def _num_groups(cfg: CfgNode) -> int:
+    """The number of groups of all norms; a classifier's norm may be named after it."""
+    norm, num_groups = cfg.MODEL.CLASSIFIER.NORM, cfg.MODEL.PGN.NUM_GROUPS
+    if norm == "GN":
+        return num_groups or 32  # as Detectron2's
+    named = {"LN": 1, "IN": ALL_CHANNELS}.get(norm)
+    if named and num_groups not in (0, named):
+        raise ValueError(
+            f"MODEL.PGN.NUM_GROUPS must be 0 or {named} for MODEL.CLASSIFIER.NORM={norm}, got "
+            f"MODEL.PGN.NUM_GROUPS={num_groups}. Take MODEL.CLASSIFIER.NORM GN for any number."
+        )
+    return named or num_groups
 
 
 def format_bindings(table: list[GroupNormBinding]) -> str:

@@ -3,6 +3,7 @@
 Importing the package registers the norm type "PGN" and the embedded data set.
 """
 
+import gn_practical.classification  # noqa: F401 (registers its models)
 from gn_practical.config import add_pgn_config
 from gn_practical.data import register_scenes
 from gn_practical.layers import PracticalGroupNorm, WSConv2d, standardize_weight

@@ -11,13 +11,14 @@ from matplotlib.figure import Figure
 
 Series = tuple[list[int], list[float]]
 
-_METRICS = ("PQ", "PQ_th", "PQ_st", "AP", "AP50", "mIoU")
+_METRICS = ("PQ", "PQ_th", "PQ_st", "AP", "AP50", "mIoU", "error")
 _TASKS = {
     "panoptic_seg": "",
     "bbox": "box ",
     "segm": "mask ",
     "keypoints": "keypoint ",
     "sem_seg": "",
+    "classification": "",
 }
 
 
@@ -111,6 +112,8 @@ def _is_partial_loss(name: str) -> bool:
 
 def _metric_title(name: str) -> str | None:
     """Turn "coco/bbox/AP" into "coco box AP"; None for what is not one of the main metrics."""
+    if name == "train_error":  # of a classifier, batch by batch
+        return "training error"
     *dataset, task, metric = name.split("/") if "/" in name else ("", name)
     if task not in _TASKS or metric not in _METRICS:
         return None
@@ -137,7 +140,9 @@ def _draw_rate(axes: Axes, curves: dict[str, Series]) -> None:
 
 def _draw_metrics(axes: Axes, curves: dict[str, Series]) -> None:
     for name, (iterations, values) in curves.items():
-        axes.plot(iterations, values, marker="o", markersize=4, label=f"{name}: {values[-1]:.1f}")
+        style = {"marker": "o", "markersize": 4} if len(values) < 200 else {}
+        drawn = _smooth(values) if name == "training error" else values
+        axes.plot(iterations, drawn, label=f"{name}: {drawn[-1]:.3g}", **style)
     axes.set_title("evaluation, percent (legend: last value)")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="small")

@@ -13,6 +13,7 @@ _COLUMNS = (
     *(("bbox", metric, f"box {metric}") for metric in ("AP", "AP50", "AP75")),
     *(("segm", metric, f"mask {metric}") for metric in ("AP", "AP50", "AP75")),
     ("sem_seg", "mIoU", "mIoU"),
+    *(("classification", metric, metric) for metric in ("error", "top5_error", "cross_entropy")),
 )
 
 

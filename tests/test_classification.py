@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from detectron2.utils import comm
 from torch import nn
+from torchvision.models import resnet50
 
 from gn_practical import PracticalGroupNorm, build_model
 from gn_practical.classification import loaders
 from gn_practical.classification.classifier import Batch
 from gn_practical.classification.evaluation import ClassificationEvaluator
 from gn_practical.classification.run import ClassifierTrainer, argument_parser, complete, main
-from gn_practical.engine import load_cfg
+from gn_practical.engine import GroupsCheckpointer, load_cfg
 from gn_practical.layers import group_norm
 
 CONFIGS = Path(__file__).parent.parent / "configs/classification"
@@ -61,6 +62,16 @@ def test_mlp_is_the_paper_s():
     assert shapes == [(512, 784), (10, 512)]
     (norm,) = norms_of(model)
     assert (norm.in_channels, norm.num_groups) == (784, 64)
+
+
+def test_torchvision_s_weights_reach_torchvision_s_backbone(tmp_path):
+    source = resnet50(norm_layer=lambda channels: nn.GroupNorm(1, channels))
+    torch.save(source.state_dict(), tmp_path / "resnet50.pth")
+    model = build_model(config_of("resnet50_pet.yaml"))
+    GroupsCheckpointer(model).load(str(tmp_path / "resnet50.pth"))
+    loaded = model.backbone.resnet.state_dict()
+    assert len(loaded) == len(source.state_dict()) - 2  # all but the classifier
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in loaded.items())
 
 
 @pytest.mark.parametrize(("depth", "parameters"), [(20, 0.27e6), (56, 0.85e6), (110, 1.7e6)])

@@ -1,11 +1,20 @@
 """Checkpoints that know their numbers of groups, and weights in torchvision's names."""
 
+import os
 import re
+import time
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
-from torch import Tensor
+from detectron2.utils import comm
+from torch import Tensor, nn
 
+from gn_practical.engine import checkpoint_files
+from gn_practical.engine.safe_loading import load_pickle, load_torch
+from gn_practical.engine.snapshot import Snapshot
 from gn_practical.layers import PracticalGroupNorm
 
 # torchvision's names of a ResNet's parts, and Detectron2's.
@@ -19,29 +28,176 @@ _TORCHVISION_NAMES = (
 )
 
 
+BEST = "model_best"  # the one checkpoint that never becomes the one to resume from
+
+
 class GroupsCheckpointer(DetectionCheckpointer):
-    """A ``DetectionCheckpointer`` that saves each norm's number of groups and compares at loading.
+    """A ``DetectionCheckpointer`` whose checkpoints are whole, safe and know their groups.
+
+    Saving takes a snapshot in host memory, one copy of the state, and writes it in the background;
+    the file is there whole or not at all (:mod:`gn_practical.engine.checkpoint_files`). A save that
+    fails, on a full disk, is logged, and training goes on to the next one. Resuming takes the
+    newest checkpoint that is whole and names those that are not. Nothing that is read can run code
+    (:mod:`gn_practical.engine.safe_loading`).
 
     A model that runs with other groups than it was trained with computes something else with the
     same weights. So a difference is an error on resume, and a warning that names the layers for
     weights to fine-tune. Besides the formats of Detectron2 it reads files with a top-level
     ``state_dict`` and ResNets in torchvision's names.
+
+    Args:
+        model: the model.
+        save_dir: ``OUTPUT_DIR``.
+        keep_last: how many periodic checkpoints to keep; 0 for all.
+        checkpointables: what else has a state, by name, as Detectron2's.
+
+    Example:
+        >>> import tempfile
+        >>> folder, model = tempfile.mkdtemp(), nn.Linear(2, 2)
+        >>> checkpointer = GroupsCheckpointer(model, folder, keep_last=2)
+        >>> checkpointer.save("model_0000009", iteration=9)
+        >>> checkpointer.wait()
+        >>> checkpointer.resume_or_load("", resume=True)["iteration"]
+        9
     """
 
-    _resuming = False
+    def __init__(
+        self, model: nn.Module, save_dir: str = "", *, keep_last: int = 0, **checkpointables: Any
+    ) -> None:
+        super().__init__(model, save_dir, **checkpointables)
+        self._keep_last = keep_last
+        self._snapshot = Snapshot()
+        self._writer: ThreadPoolExecutor | None = None
+        self._writing: Future[None] | None = None
+        self._unwritten: tuple[Any, str] = (None, "")
+        self._resumed_from = ""
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Save as Detectron2 does, with ``num_groups``: {path of the norm: groups}."""
-        super().save(name, num_groups=self._num_groups(), **kwargs)
+        """Save as Detectron2 does, with ``num_groups``: {path of the norm: groups}.
 
-    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """Resume from the last checkpoint, or load the weights of ``path``.
+        Returns when the state is copied; a save before that is still being written is waited for.
+
+        Args:
+            name: the file's name without suffix; "model_best" does not become the last checkpoint.
+            kwargs: what else to save.
 
         Raises:
-            ValueError: on resume, if the checkpoint was trained with other groups.
+            ValueError: for a name with a folder, or a state that could not be safely read again.
         """
-        self._resuming = resume and self.has_checkpoint()
-        return super().resume_or_load(path, resume=resume)
+        if not self.save_dir or not self.save_to_disk:
+            return
+        path = checkpoint_files.checkpoint_path(self.save_dir, name)
+        if self._writer is None:
+            checkpoint_files.remove_leftovers(self.save_dir)
+            self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        if self._writing:
+            self._writing.exception()  # waits; it has been logged
+        state = {"model": self.model.state_dict(), "num_groups": self._num_groups(), **kwargs}
+        state.update((key, each.state_dict()) for key, each in self.checkpointables.items())
+        self._unwritten = (self._snapshot.take(state), path)
+        self._writing = self._writer.submit(self._write)
+
+    def wait(self) -> None:
+        """Wait for the write under way; if it failed, try once more.
+
+        To be called where training ends. Without it the end of the process waits too, but says
+        nothing.
+
+        Raises:
+            ValueError: if the last save could not be written.
+        """
+        if self._writing is None or self._writing.exception() is None:
+            return
+        self._writing = self._writer.submit(self._write)
+        error = self._writing.exception()
+        if error is not None:
+            raise ValueError(
+                f"the last checkpoint must be written, got {error} for {self._unwritten[1]}. "
+                "Make room on its disk and add --resume: training goes on from the checkpoint "
+                "before."
+            ) from error
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Resume from the newest whole checkpoint, or load the weights of ``path``.
+
+        The main rank looks for the checkpoint, all take the one that it found.
+
+        Raises:
+            ValueError: on resume, if all checkpoints are damaged, or the one taken was trained
+                with other groups.
+        """
+        self._resumed_from = self._agreed_checkpoint() if resume else ""
+        if self._resumed_from:
+            return self.load(self._resumed_from)
+        return self.load(path, checkpointables=[])
+
+    def has_checkpoint(self) -> bool:
+        """Return whether there is a checkpoint to resume from."""
+        return bool(self._resumed_from or self.get_checkpoint_file())
+
+    def get_checkpoint_file(self) -> str:
+        """Return the newest whole checkpoint, or "" if there is none, and name the damaged ones.
+
+        Raises:
+            ValueError: if there are checkpoints, and all are damaged.
+        """
+        if not self.save_dir:
+            return ""
+        newest, damaged = checkpoint_files.newest_whole(self.save_dir)
+        listed = "; ".join(f"{path} ({reason})" for path, reason in damaged.items())
+        if damaged and not newest:
+            raise ValueError(
+                f"--resume must find a whole checkpoint, got {len(damaged)} damaged: {listed}. "
+                "Bring one of them back from a copy, or remove them to start from MODEL.WEIGHTS."
+            )
+        if damaged:
+            self.logger.warning("Damaged: %s. Resuming from %s instead.", listed, newest)
+        return newest
+
+    def read_best(self) -> dict[str, Any]:
+        """Return ``{"metric": name, "value": highest so far}`` of ``model_best.pth``, or {}."""
+        path = checkpoint_files.checkpoint_path(self.save_dir, BEST)
+        if not os.path.isfile(path):
+            return {}
+        try:
+            checkpoint_files.check_whole(path)
+            return load_torch(path, mmap=True).get("best", {})
+        except ValueError as error:
+            self.logger.warning("%s is damaged: %s. The best is sought anew.", path, error)
+            return {}
+
+    def _agreed_checkpoint(self) -> str:
+        found = error = ""
+        if comm.is_main_process():
+            try:
+                found = self.get_checkpoint_file()
+            except ValueError as damaged:
+                error = str(damaged)
+        found, error = comm.all_gather((found, error))[0]
+        if error:
+            raise ValueError(error)
+        return found
+
+    def _write(self) -> None:
+        """Write the snapshot, make it the last, and remove the oldest; runs in the background."""
+        start = time.perf_counter()
+        state, path = self._unwritten
+        name = os.path.basename(path)
+        try:
+            self._snapshot.wait()
+            checkpoint_files.write_checkpoint(state, path)
+            if name != f"{BEST}.pth":
+                checkpoint_files.write_last(self.save_dir, name)
+            checkpoint_files.remove_old(path, self._keep_last)
+        except Exception as error:
+            self.logger.error(
+                "%s could not be written: %s. Older checkpoints are as they were; the next save "
+                "tries again.",
+                path,
+                error,
+            )
+            raise
+        self.logger.info("Saved %s in %.1f s", path, time.perf_counter() - start)
 
     def _num_groups(self) -> dict[str, int]:
         return {
@@ -50,15 +206,16 @@ class GroupsCheckpointer(DetectionCheckpointer):
             if isinstance(module, PracticalGroupNorm)
         }
 
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        # The first two kinds are Detectron2's, which unpickles them.
+        if filename.endswith(".pkl"):
+            return _from_zoo(self._read(load_pickle, filename))
+        if filename.endswith(".pyth"):
+            return _from_pycls(self._read(load_torch, filename), filename)
+        return super()._load_file(filename)
+
     def _torch_load(self, f: str) -> dict[str, Any]:
-        try:
-            loaded = super()._torch_load(f)
-        except Exception as error:  # of many kinds: a cut zip, a pickle that is refused, ...
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(
-                f"a checkpoint must be a whole file of tensors and plain containers, got {f}: "
-                f"{reason} Load another checkpoint, or save this one's state dict alone."
-            ) from error
+        loaded = self._read(self._load_whole, f)
         if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
             loaded = {"model": loaded["state_dict"]}
         weights = loaded.get("model", loaded)
@@ -66,12 +223,36 @@ class GroupsCheckpointer(DetectionCheckpointer):
             loaded = {"model": self._from_torchvision(weights)}
         return loaded
 
+    def _load_whole(self, path: str) -> Any:
+        if path != self._resumed_from and zipfile.is_zipfile(path):
+            checkpoint_files.check_whole(path)
+        return load_torch(path)
+
+    @staticmethod
+    def _read(load: Callable[[str], Any], path: str) -> dict[str, Any]:
+        """Load a file, with an error that names it if it is no state to load."""
+        try:
+            loaded = load(path)
+            if not isinstance(loaded, dict):
+                raise ValueError(f"it holds a {type(loaded).__name__}")
+        except ValueError as error:
+            reason = str(error).rstrip(".")
+            raise ValueError(
+                f"a checkpoint must be a whole file of tensors and plain containers, got {path}: "
+                f"{reason}. Load another checkpoint, or save this one's state dict alone."
+            ) from error
+        return loaded
+
     def _from_torchvision(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Rename a torchvision ResNet to the backbone of this model."""
-        stems = (name for name, _ in self.model.named_modules() if name.endswith("stem"))
-        prefix = next(stems, "stem")[: -len("stem")]
-        self.logger.info("Renaming torchvision's ResNet to %s*", prefix)
-        return {prefix + _rename(key): value for key, value in weights.items()}
+        """Rename a torchvision ResNet to this model's backbone, torchvision's or Detectron2's."""
+        paths = [path for path, _ in self.model.named_modules()]
+        for part, rename in (("layer1", str), ("stem", _rename)):
+            found = next((path for path in paths if path.endswith(part)), None)
+            if found is not None:
+                prefix = found.removesuffix(part)
+                self.logger.info("Renaming torchvision's ResNet to %s*", prefix)
+                return {prefix + rename(key): value for key, value in weights.items()}
+        return weights
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         trained = checkpoint.pop("num_groups", None)
@@ -95,7 +276,7 @@ class GroupsCheckpointer(DetectionCheckpointer):
             f"in {len(differences)} layers: {', '.join(differences[:8])}"
             f"{' ...' if len(differences) > 8 else ''}. "
         )
-        if self._resuming:
+        if self._resumed_from:
             raise ValueError(
                 message + "Resume with the MODEL.PGN keys of that run, or start another one from "
                 "its weights with MODEL.WEIGHTS and a new OUTPUT_DIR."
@@ -120,6 +301,23 @@ class GroupsCheckpointer(DetectionCheckpointer):
                 len(frozen),
                 frozen[0],
             )
+
+
+def _from_zoo(data: dict[str, Any]) -> dict[str, Any]:
+    """Return what a ``.pkl`` file of Detectron2's zoo, or of Caffe2's and Detectron's, holds."""
+    if "model" in data and "__author__" in data:
+        return data
+    blobs = data.get("blobs", data)  # the ones for ImageNet lack this level
+    weights = {key: each for key, each in blobs.items() if not key.endswith("_momentum")}
+    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+def _from_pycls(data: dict[str, Any], path: str) -> dict[str, Any]:
+    """Return what a ``.pyth`` file, of pycls, holds."""
+    if not isinstance(data.get("model_state"), dict):
+        raise ValueError(f"a .pyth file must hold 'model_state', got {path}. Rename it to .pth.")
+    weights = {k: v for k, v in data["model_state"].items() if not k.endswith("batches_tracked")}
+    return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
 
 
 def _rename(key: str) -> str:

@@ -1,0 +1,240 @@
+"""Configs, weights and pickles of others, read without running what they say.
+
+YAML can call any Python function by a tag, and a pickle by its opcodes. So configs are read by the
+safe loader, checkpoints by ``torch.load`` with ``weights_only``, and the ``.pkl`` files of the
+model zoos by an unpickler that knows arrays and plain containers and nothing else.
+"""
+
+import collections
+import os
+import pickle
+import re
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
+
+_PYTHON_TAG = "tag:yaml.org,2002:python/"
+# Part of the installed code, and trusted as it is: RetinaNet's base computes its anchors by a tag.
+_INSTALLED_CONFIGS = os.path.realpath(os.path.join(os.path.dirname(model_zoo.__file__), "configs"))
+
+
+class ConfigFileError(ValueError):
+    """A config file that would run code, or is no config."""
+
+
+class SafeCfgNode(CfgNode):
+    """A config whose files, ``_BASE_`` and all, are read by YAML's safe loader.
+
+    Detectron2's own files, in the folder where it is installed, may hold what they please.
+
+    Example:
+        >>> import tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "a.yaml")
+        >>> with open(path, "w") as file:
+        ...     _ = file.write("SEED: !!python/object/apply:os.getpid []")
+        >>> SafeCfgNode.load_yaml_with_base(path)
+        Traceback (most recent call last):
+        gn_practical.engine.safe_loading.ConfigFileError: a config must hold plain values, ...
+    """
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
+        """Read a YAML file and its ``_BASE_`` as Detectron2 does.
+
+        Args:
+            filename: the file.
+            allow_unsafe: let it run the code it names.
+
+        Raises:
+            ConfigFileError: naming file and line, if it would run code or holds no keys.
+        """
+        trusted = allow_unsafe or _is_installed(filename)
+        if not trusted:
+            _check_yaml(filename)
+        return super().load_yaml_with_base(filename, allow_unsafe=trusted)
+
+
+def load_torch(path: str, *, mmap: bool = False) -> Any:
+    """Read what ``torch.save`` wrote, if it is tensors and plain containers.
+
+    Args:
+        path: the file.
+        mmap: leave the tensors on the disk until they are used.
+
+    Raises:
+        ValueError: if the file is damaged, or holds anything that would run code.
+    """
+    try:
+        with warnings.catch_warnings():  # torch suggests how to lift the restriction
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # of many kinds: a cut zip, a pickle that is refused, ...
+        raise ValueError(_reason(error)) from error
+
+
+def load_pickle(path: str) -> Any:
+    """Read a ``.pkl`` file of a model zoo, if it is arrays and plain containers.
+
+    Args:
+        path: the file, written by any version of Python and NumPy.
+
+    Raises:
+        ValueError: if the file is damaged, or names anything that could run code.
+
+    Example:
+        >>> import tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "a.pkl")
+        >>> with open(path, "wb") as file:
+        ...     pickle.dump({"blobs": {"conv1_w": np.ones((2, 1), np.float32)}}, file)
+        >>> load_pickle(path)["blobs"]["conv1_w"].shape
+        (2, 1)
+        >>> with open(path, "wb") as file:
+        ...     pickle.dump(os.system, file)
+        >>> load_pickle(path)
+        Traceback (most recent call last):
+        ValueError: it names posix.system, which is no array or plain container
+    """
+    try:
+        with open(path, "rb") as file:
+            return _arrays(_ArrayUnpickler(file, encoding="latin1").load())
+    except Exception as error:  # a damaged pickle raises any kind
+        raise ValueError(_reason(error)) from error
+
+
+def _is_installed(filename: str) -> bool:
+    path = os.path.realpath(os.path.expanduser(filename))
+    return path.startswith(_INSTALLED_CONFIGS + os.sep)
+
+
+def _check_yaml(filename: str) -> None:
+    with PathManager.open(filename, "r") as file:
+        try:
+            loaded = yaml.safe_load(file)
+        except yaml.constructor.ConstructorError as error:
+            if _PYTHON_TAG not in str(error.problem):
+                raise
+            raise ConfigFileError(
+                f"a config must hold plain values, got a Python tag in {filename}, "
+                f"line {error.problem_mark.line + 1}, which would run code: "
+                f"{str(error.problem).split(_PYTHON_TAG)[-1].rstrip(chr(39))}. Write the value "
+                "itself, or add --trust-config if you have read the file and trust it."
+            ) from None
+    if not isinstance(loaded, dict):
+        raise ConfigFileError(
+            f"a config must hold keys and values, got {type(loaded).__name__} in {filename}. "
+            "Write KEY: value lines."
+        )
+
+
+def _reason(error: Exception) -> str:
+    """Return what was wrong in one line, without PyTorch's advice how to run it all the same."""
+    text = str(error) or type(error).__name__
+    refused = re.search(r"GLOBAL (\S+)", text)
+    if refused:
+        return f"it names {refused[1]}, which is no tensor or plain container"
+    if "weights_only" in text:
+        return "it is of a kind that can run code"
+    return text.splitlines()[0]
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds arrays by itself from bytes, and calls nothing that a file names.
+
+    NumPy's own functions are stood in for by the ones below: its ``__setstate__`` takes what it
+    is given, and a file could give it a type whose fields lie outside of the data.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        module = module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
+        try:
+            return _ADMITTED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(
+                f"it names {module}.{name}, which is no array or plain container"
+            ) from None
+
+
+class _Dtype:
+    """Stands in for ``numpy.dtype`` of plain numbers and strings."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.dtype = np.dtype(str(code))
+        if self.dtype.hasobject or self.dtype.fields or self.dtype.subdtype:
+            raise pickle.UnpicklingError(f"arrays must hold numbers, got dtype {code!r}")
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        order, subarray, names = state[1:4]
+        if subarray is not None or names is not None:
+            raise pickle.UnpicklingError("arrays must hold numbers, got records")
+        self.dtype = self.dtype.newbyteorder(order)
+
+
+class _Array:
+    """Stands in for ``numpy.ndarray`` until the whole file is read."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, fortran, data = state
+        self.array = _from_bytes(data, dtype, shape, "F" if fortran else "C")
+
+
+def _from_bytes(data: Any, dtype: _Dtype, shape: Any, order: str) -> np.ndarray:
+    if isinstance(data, str):  # bytes of Python 2
+        data = data.encode("latin1")
+    return np.frombuffer(bytearray(data), dtype.dtype).reshape(shape, order=order)
+
+
+def _reconstruct(*_: Any) -> _Array:
+    return _Array()
+
+
+def _frombuffer(data: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
+    return _from_bytes(data, dtype, shape, order)
+
+
+def _scalar(dtype: _Dtype, data: Any) -> np.generic:
+    return _from_bytes(data, dtype, (), "C")[()]
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"bytes must be written as latin1, got {encoding!r}")
+    return text.encode("latin1")
+
+
+def _no_bytes() -> bytes:
+    """Return what protocols before 3 call ``bytes`` for."""
+    return b""
+
+
+_ADMITTED = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy.core.numeric", "_frombuffer"): _frombuffer,
+    ("_codecs", "encode"): _encode,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("builtins", "set"): set,
+    ("builtins", "frozenset"): frozenset,
+    ("builtins", "bytes"): _no_bytes,
+    ("builtins", "complex"): complex,
+}
+
+
+def _arrays(value: Any) -> Any:
+    """Put the arrays in the place of their stand-ins, throughout plain containers."""
+    if isinstance(value, _Array):
+        return value.array
+    if isinstance(value, dict):
+        return type(value)((key, _arrays(each)) for key, each in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return type(value)(_arrays(each) for each in value)
+    if isinstance(value, type) or callable(value) or isinstance(value, _Dtype):
+        raise pickle.UnpicklingError(f"it holds {value!r}, which is no array or plain container")
+    return value

@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 CONSTRAINTS = requirements/constraints.txt
 
-.PHONY: help install quickstart test lint
+.PHONY: help install quickstart test crash-test lint
 
 help:
 	@echo "make quickstart  train, evaluate and draw on the embedded data, about 5 minutes on 2 cores"
 	@echo "make test        run the test suite"
+	@echo "make crash-test  kill and resume a training dozens of times, compare: 10 to 20 minutes"
 	@echo "make lint        check style with ruff"
 	@echo "make install     make $(VENV) with all packages; the others do it by themselves"
 	@echo "PYTHON=python3.12 chooses the interpreter, OPTS='KEY VALUE ...' overrides the config."
@@ -32,6 +33,9 @@ quickstart: install
 
 test: install
 	$(BIN)/python -m pytest $(OPTS)
+
+crash-test: install
+	$(BIN)/python tools/crash_test.py $(OPTS)
 
 lint: install
 	$(BIN)/python -m ruff check .

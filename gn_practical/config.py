@@ -19,6 +19,9 @@ def add_pgn_config(cfg: CfgNode) -> None:
     _add_group_norm_keys(cfg)
     _add_dataset_keys(cfg)
     _add_engine_keys(cfg)
+    _add_classification_keys(cfg)
+    _add_fault_keys(cfg)
+    _add_checkpoint_keys(cfg)
 
 
 def _add_group_norm_keys(cfg: CfgNode) -> None:
@@ -48,6 +51,9 @@ def _add_group_norm_keys(cfg: CfgNode) -> None:
     # Run each norm with the residual sum and the ReLU that follow it as one operator, where the
     # model has a structure that gn_practical.modeling.fusion knows. docs/performance.md.
     cfg.MODEL.PGN.FUSED = True
+    # Memory mode: what the norms return is computed again in the backward pass instead of stored,
+    # which halves the activation memory of a chain of convolutions. Needs FUSED.
+    cfg.MODEL.PGN.RECOMPUTE = False
 
     cfg.MODEL.WS = CfgNode()
     # Weight standardization of every convolution that a norm follows.
@@ -72,3 +78,64 @@ def _add_engine_keys(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.DTYPE = "float16"
     # Validation images drawn with predictions beside ground truth at each evaluation.
     cfg.TEST.NUM_PICTURES = 8
+
+
+def _add_fault_keys(cfg: CfgNode) -> None:
+    # Steps with a loss or gradient that is not finite which a run leaves out before the next one
+    # ends it, in total; 0: the first one ends it. Each is kept in OUTPUT_DIR/bad_steps.json. What
+    # float16's loss scaling leaves out in search of its scale is not counted.
+    cfg.SOLVER.MAX_SKIPPED_STEPS = 0
+    # Images that training may skip because they or their annotations cannot be used, before the
+    # next one ends it; 0: the first one ends it. Each counts once, however many epochs meet it,
+    # and is listed with the reason in OUTPUT_DIR/skipped_samples.json.
+    cfg.DATALOADER.MAX_SKIPPED_SAMPLES = 0
+
+
+def _add_checkpoint_keys(cfg: CfgNode) -> None:
+    # How many of the checkpoints model_0000123.pth to keep, the newest; 0 for all. Where one can
+    # be damaged, keep 2 at least: resuming takes the newest that is whole.
+    cfg.SOLVER.CHECKPOINT_KEEP_LAST = 0
+    # Metric whose highest value is kept as model_best.pth, as metrics.json names it:
+    # "panoptic_seg/PQ", "bbox/AP"; "" for none. Needs TEST.EVAL_PERIOD.
+    cfg.TEST.BEST_METRIC = ""
+
+
+def _add_classification_keys(cfg: CfgNode) -> None:
+    cfg.MODEL.CLASSIFIER = CfgNode()
+    # Classes; 0: as many as the training set has (tools/train_classifier.py fills it in).
+    cfg.MODEL.CLASSIFIER.NUM_CLASSES = 0
+    # The norm of the model: "BN", "PGN", "LN" (one group), "IN" (a group a channel), "GN"
+    # (MODEL.PGN.NUM_GROUPS, 32 if that is 0), or what else get_norm knows; "" for none.
+    cfg.MODEL.CLASSIFIER.NORM = "PGN"
+    # Layers of the ResNet: 6n + 2 of those for CIFAR, or 18 to 152 of torchvision's.
+    cfg.MODEL.CLASSIFIER.DEPTH = 56
+    # Units of the MLP's hidden layer.
+    cfg.MODEL.CLASSIFIER.HIDDEN = 512
+    # Let group norms run whose groups hold a single value, for an experiment that shows what
+    # happens: the output is constant and no gradient passes.
+    cfg.MODEL.PGN.ALLOW_DEGENERATE = False
+    # Height and width to which images of classification are brought.
+    cfg.INPUT.IMAGE_SIZE = 32
+    # "none", "crop_flip" (pad by 4, crop, flip: CIFAR) or "resized_crop" (flip too: photographs,
+    # read from files).
+    cfg.INPUT.AUGMENTATION = "none"
+    # ((name, folder), ...): data sets "<name>_train" and "<name>_val" for classification, from
+    # folder/{train,val}/<class>/ or, split at random, from folder/<class>/.
+    cfg.DATASETS.IMAGE_FOLDERS = ()
+    # Hold all images on the model's device, decoded; False: read files as they are needed.
+    cfg.DATASETS.IN_MEMORY = True
+    # Share of each class to evaluate on where a data set has no such split.
+    cfg.DATASETS.VAL_FRACTION = 0.2
+    # Epochs of training in place of MAX_ITER; 0: as MAX_ITER and the periods say.
+    cfg.SOLVER.EPOCHS = 0
+    # Where the learning rate falls by GAMMA, as shares of the schedule, in place of STEPS.
+    cfg.SOLVER.STEP_FRACTIONS = ()
+    # BASE_LR is meant for a batch of this size and scaled in proportion to the batch; 0: it is
+    # taken as it is.
+    cfg.SOLVER.REFERENCE_BATCH = 0
+    # Epochs between two checkpoints and two evaluations, where EPOCHS is given; 0: as the periods
+    # in iterations say.
+    cfg.SOLVER.CHECKPOINT_EPOCHS = 10
+    cfg.TEST.EVAL_EPOCHS = 1
+    # Images in a batch of an evaluation of classification, on one GPU.
+    cfg.TEST.IMS_PER_BATCH = 100

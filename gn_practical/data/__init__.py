@@ -6,15 +6,18 @@ from gn_practical.data.mapper import CheckedDatasetMapper
 from gn_practical.data.prepare import prepare_coco, prepare_stuff, write_instances_json
 from gn_practical.data.registration import register_datasets, register_scenes
 from gn_practical.data.scenes import ensure_scenes
+from gn_practical.data.skipped_samples import SkippedSamples, skipped_samples
 
 __all__ = [
     "CheckedDatasetMapper",
     "DatasetError",
+    "SkippedSamples",
     "check_datasets",
     "ensure_scenes",
     "prepare_coco",
     "prepare_stuff",
     "register_datasets",
     "register_scenes",
+    "skipped_samples",
     "write_instances_json",
 ]

@@ -4,10 +4,12 @@ import os
 from typing import Any
 
 import numpy as np
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import read_image
 
 from gn_practical.data.errors import DatasetError
+from gn_practical.data.skipped_samples import SkippedSamples, skipped_samples
 
 _WAY_OUT = "Restore the file, or remove the image from the data set's json."
 
@@ -21,29 +23,54 @@ class CheckedDatasetMapper(DatasetMapper):
     Args:
         cfg: a Detectron2 config; or the arguments of `detectron2.data.DatasetMapper`.
         is_train: whether to augment and to keep the annotations.
+        skipped: list of samples that may be skipped, as ``DATALOADER.MAX_SKIPPED_SAMPLES`` makes
+            it for training. For such a sample the mapper returns None, which Detectron2's
+            ``MapDataset`` replaces by another sample.
 
     Raises:
         DatasetError: (when called) if a file of the sample is missing, truncated or of another
-            size than the json says, or its annotations cannot be used. It comes out of a data
-            loader's worker with the same short message.
+            size than the json says, or its annotations cannot be used, and no more may be
+            skipped. It comes out of a data loader's worker with the same short message.
 
     Example:
         >>> from detectron2.config import get_cfg
         >>> mapper = CheckedDatasetMapper(get_cfg(), is_train=False)
     """
 
-    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+    @configurable
+    def __init__(
+        self, is_train: bool, *, skipped: SkippedSamples | None = None, **arguments: Any
+    ) -> None:
+        super().__init__(is_train, **arguments)
+        self.skipped = skipped
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """Return the arguments of the constructor as a config has them."""
+        skipped = skipped_samples(cfg)
+        allowed = is_train and skipped.limit
+        return {**super().from_config(cfg, is_train), "skipped": skipped if allowed else None}
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
         """Read and transform one sample; see `detectron2.data.DatasetMapper`."""
         try:
+            return self._map(dataset_dict)
+        except DatasetError as error:
+            if self.skipped is None:
+                raise
+            self.skipped.add(dataset_dict, str(error))
+            return None
+
+    def _map(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        try:
             return super().__call__(dataset_dict)
-        except DatasetError:
-            raise
         except Exception as error:
             _explain_files(dataset_dict)
             raise DatasetError(
                 f"The annotations of {dataset_dict.get('file_name')} must be valid, got "
                 f"{type(error).__name__}: {' '.join(str(error).split())}. "
-                f"Correct them in the data set's json (image_id={dataset_dict.get('image_id')})."
+                f"Correct them in the data set's json (image_id={dataset_dict.get('image_id')}), "
+                "or the INPUT keys of the config if every image fails."
             ) from error
 
 

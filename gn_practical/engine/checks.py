@@ -2,30 +2,44 @@
 
 import logging
 import os
+from collections.abc import Callable, Sequence
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
 from torch import nn
 
+from gn_practical.config import add_pgn_config
 from gn_practical.data import check_datasets
 from gn_practical.engine.autocast import DTYPES
+from gn_practical.engine.config_values import check_values
+from gn_practical.layers import PracticalGroupNorm
 
 
-def check_run(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -> None:
+def check_run(
+    cfg: CfgNode,
+    eval_only: bool = False,
+    resume: bool = False,
+    check_data: Callable[..., None] = check_datasets,
+) -> None:
     """Check a config against the machine, the files and the data, before anything is built.
 
     Args:
         cfg: the config, its data sets registered.
         eval_only: check what an evaluation needs alone.
         resume: a checkpoint in ``OUTPUT_DIR`` will be taken in place of ``MODEL.WEIGHTS``.
+        check_data: called with ``cfg`` and ``eval_only``; for detection by default.
 
     Raises:
         ValueError: with the key, its value and the way out; ``DatasetError`` for data.
     """
+    check_values(cfg)
     _check_device(cfg)
+    _check_architecture(cfg)
+    _check_expected_results(cfg.TEST.EXPECTED_RESULTS)
     last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
     if not (resume and os.path.isfile(last)):
         _check_weights(cfg.MODEL.WEIGHTS)
@@ -38,16 +52,19 @@ def check_run(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -> No
                 "Add --resume to continue it, or choose another OUTPUT_DIR.",
                 cfg.OUTPUT_DIR,
             )
-    check_datasets(cfg, eval_only=eval_only)
+    check_data(cfg, eval_only=eval_only)
 
 
 def check_model(cfg: CfgNode, model: nn.Module) -> None:
-    """Warn of a recipe that is known to fail: frozen statistics that were never learned.
+    """Warn of a recipe that is known to fail, and of keys for norms that are not there.
+
+    The recipe: frozen statistics that were never learned.
 
     Args:
         cfg: the config of the model.
         model: as it was built.
     """
+    _name_idle_keys(cfg, model)
     frozen = sum(isinstance(module, FrozenBatchNorm2d) for module in model.modules())
     if frozen and not cfg.MODEL.WEIGHTS:
         logging.getLogger(__name__).warning(
@@ -57,8 +74,34 @@ def check_model(cfg: CfgNode, model: nn.Module) -> None:
         )
 
 
+def _name_idle_keys(cfg: CfgNode, model: nn.Module) -> None:
+    """Warn of ``MODEL.PGN`` keys that were changed and decide nothing in this model."""
+    defaults = get_cfg()
+    add_pgn_config(defaults)
+    changed = [key for key, value in defaults.MODEL.PGN.items() if cfg.MODEL.PGN[key] != value]
+    if not any(isinstance(module, PracticalGroupNorm) for module in model.modules()):
+        idle, reason = changed, "the model has no PGN norm: set the NORM keys to PGN"
+    else:
+        by_rule = ("RULE", "ACTIVATION")
+        idle = [key for key in changed if key in by_rule and cfg.MODEL.PGN.NUM_GROUPS]
+        reason = "MODEL.PGN.NUM_GROUPS is not 0"
+    if idle:
+        logging.getLogger(__name__).warning(
+            "%s %s no effect, for %s.",
+            ", ".join(f"MODEL.PGN.{key}" for key in idle),
+            *("has" if len(idle) == 1 else "have", reason),
+        )
+
+
 def _check_device(cfg: CfgNode) -> None:
     device = cfg.MODEL.DEVICE
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"MODEL.DEVICE must be a device of PyTorch, got MODEL.DEVICE={device!r}. Take cuda, "
+            "cpu, or auto for cuda where there is a GPU."
+        ) from None
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"MODEL.DEVICE must be a device of this machine, got MODEL.DEVICE={device}, and "
@@ -88,6 +131,32 @@ def _check_precision(cfg: CfgNode) -> None:
             f"SOLVER.AMP.DTYPE must be bfloat16 on {device}, got SOLVER.AMP.DTYPE=float16. Add "
             "SOLVER.AMP.DTYPE bfloat16."
         )
+
+
+def _check_architecture(cfg: CfgNode) -> None:
+    model = cfg.MODEL
+    if model.META_ARCHITECTURE == "PanopticFPN" and not model.MASK_ON:
+        raise ValueError(
+            "MODEL.MASK_ON must be True for a PanopticFPN, got MODEL.MASK_ON=False: its segments "
+            "are its masks. Add MODEL.MASK_ON True, or take MODEL.META_ARCHITECTURE "
+            "GeneralizedRCNN."
+        )
+    if cfg.TEST.AUG.ENABLED and model.META_ARCHITECTURE != "GeneralizedRCNN":
+        raise ValueError(
+            "TEST.AUG.ENABLED must be False but for a GeneralizedRCNN, got TEST.AUG.ENABLED=True "
+            f"for a {model.META_ARCHITECTURE}. Add TEST.AUG.ENABLED False."
+        )
+
+
+def _check_expected_results(expected: Sequence[Any]) -> None:
+    """Detectron2 looks at them when training has ended."""
+    for entry in expected:
+        if not isinstance(entry, list | tuple) or len(entry) != 4:
+            raise ValueError(
+                "TEST.EXPECTED_RESULTS must hold (task, metric, value, tolerance), got "
+                f"TEST.EXPECTED_RESULTS={expected!r}. Write it like "
+                '(("bbox", "AP", 38.5, 0.2),).'
+            )
 
 
 def _check_solver(solver: CfgNode) -> None:

@@ -4,52 +4,80 @@ import logging
 import os
 import traceback
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from gn_practical.engine.checkpoint import GroupsCheckpointer
 from gn_practical.engine.checks import check_run
+from gn_practical.engine.config_errors import blame_config
 from gn_practical.engine.setup import setup
+from gn_practical.engine.signals import STOP
 from gn_practical.engine.trainer import Trainer
+from gn_practical.engine.unread_keys import NameUnreadKeys, record_reads
 
 
-def main(args: Namespace) -> dict[str, Any] | None:
+class Task(NamedTuple):
+    """What a tool trains: how its config is read and checked, and the trainer of its models."""
+
+    setup: Callable[[Namespace], CfgNode] = setup
+    check_run: Callable[..., None] = check_run
+    trainer: type[Trainer] = Trainer
+
+
+def main(args: Namespace, task: Task = Task()) -> dict[str, Any] | None:  # noqa: B008
     """Train, or evaluate with ``--eval-only``, as the arguments say.
 
     Args:
         args: what :func:`gn_practical.engine.argument_parser` parsed.
+        task: detection and segmentation by default.
 
     Returns:
         The results of the evaluation on the main rank.
+
+    Raises:
+        Interrupted: if a signal stopped it; the process ends with ``EXIT_INTERRUPTED``.
     """
-    with one_clear_error():
-        cfg = setup(args)
+    with STOP.handled():
+        return _run(args, task)
+
+
+def _run(args: Namespace, task: Task) -> dict[str, Any] | None:
+    with one_clear_error(), blame_config(args):
+        cfg = task.setup(args)
     with one_clear_error(os.path.join(cfg.OUTPUT_DIR, "error.log")):
-        check_run(cfg, eval_only=args.eval_only, resume=args.resume)
-        results = _evaluate(cfg, args) if args.eval_only else _train(cfg, args)
+        with blame_config(args):
+            task.check_run(cfg, eval_only=args.eval_only, resume=args.resume)
+        results = (_evaluate if args.eval_only else _train)(cfg, args, task.trainer)
     logging.getLogger(__name__).info(
         "Done. Results, pictures, curves and checkpoints are in %s", cfg.OUTPUT_DIR
     )
     return results
 
 
-def _train(cfg: Any, args: Namespace) -> dict[str, Any] | None:
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+def _train(cfg: Any, args: Namespace, trainer_class: type[Trainer]) -> dict[str, Any] | None:
+    cfg = record_reads(cfg)
+    with blame_config(args):
+        trainer = trainer_class(cfg)
+        trainer.register_hooks([NameUnreadKeys(cfg, args.opts)])
+        trainer.resume_or_load(resume=args.resume)
+    # What fails in the first step fails for the config; what fails later does not.
+    with blame_config(args, applies=lambda: trainer.iter == trainer.start_iter):
+        return trainer.train()
 
 
-def _evaluate(cfg: Any, args: Namespace) -> dict[str, Any]:
-    model = Trainer.build_model(cfg)
-    checkpointer = GroupsCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-    results = Trainer.test(cfg, model)
-    if cfg.TEST.AUG.ENABLED:
-        results.update(Trainer.test_with_tta(cfg, model))
+def _evaluate(cfg: Any, args: Namespace, trainer_class: type[Trainer]) -> dict[str, Any]:
+    with blame_config(args):
+        model = trainer_class.build_model(cfg)
+        checkpointer = GroupsCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results = trainer_class.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(trainer_class.test_with_tta(cfg, model))
     if comm.is_main_process():
         verify_results(cfg, results)
     return results
@@ -92,5 +120,5 @@ def _is_for_the_user(error: BaseException | None) -> bool:
 
 
 def _is_for_the_log(record: logging.LogRecord) -> bool:
-    """Keep the training loop from printing the traceback of an error that is told anyway."""
-    return not (record.exc_info and _is_for_the_user(record.exc_info[1]))
+    """Keep the training loop from printing the traceback of an error that it raises again."""
+    return not record.exc_info

@@ -4,7 +4,7 @@ import difflib
 import logging
 import re
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import yaml
@@ -15,6 +15,10 @@ from detectron2.utils.logger import setup_logger
 
 from gn_practical.config import add_pgn_config
 from gn_practical.data import register_datasets
+from gn_practical.engine.safe_loading import ConfigFileError, SafeCfgNode
+
+# What yacs raises for keys and values that it cannot take.
+_OF_YACS = (KeyError, AssertionError, ValueError, TypeError, AttributeError, RecursionError)
 
 _EPILOG = """
 Examples:
@@ -43,26 +47,35 @@ def argument_parser() -> ArgumentParser:
     """Return Detectron2's own parser, with examples of this project."""
     parser = default_argument_parser(epilog=_EPILOG)
     parser.description = "Train or evaluate a detector or panoptic segmenter."
+    parser.add_argument(
+        "--trust-config",
+        action="store_true",
+        help="let the config run code: its Python tags, and the pickled proposals that it names. "
+        "Only for files you have read",
+    )
     return parser
 
 
-def setup(args: Namespace) -> CfgNode:
+def setup(args: Namespace, complete: Callable[[CfgNode], CfgNode] = lambda cfg: cfg) -> CfgNode:
     """Read the config, register its data sets, and set up logging and the output folder.
 
     Args:
         args: what :func:`argument_parser` parsed.
+        complete: fills in what follows from the config, before it is logged and saved.
 
     Raises:
         ValueError: for a config that cannot be read or has a wrong key or value.
     """
-    cfg = load_cfg(args.config_file, args.opts)
+    trusted = getattr(args, "trust_config", False)
+    cfg = load_cfg(args.config_file, args.opts, trusted=trusted)
+    cfg = complete(cfg)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gn_practical")
-    _warn_learning_rate(args.config_file, cfg)
+    _warn_learning_rate(args.config_file, cfg, trusted)
     return cfg
 
 
-def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+def load_cfg(config_file: str, opts: Sequence[str] = (), *, trusted: bool = False) -> CfgNode:
     """Merge a YAML file and ``KEY VALUE`` overrides into Detectron2's and our defaults.
 
     ``MODEL.DEVICE: "auto"`` becomes CUDA where there is a GPU and the CPU elsewhere. The data sets
@@ -71,6 +84,7 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     Args:
         config_file: path of the YAML file; empty for the defaults.
         opts: keys and values in turn.
+        trusted: let the file, and the pickled proposals it names, run code.
 
     Returns:
         A frozen config.
@@ -82,7 +96,12 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         >>> load_cfg("configs/pfpn_pgn.yaml", ["SOLVER.BASE_LR", "0.01"]).SOLVER.BASE_LR
         0.01
     """
-    cfg = _merge(config_file, opts)
+    cfg = _merge(config_file, opts, trusted)
+    if cfg.MODEL.LOAD_PROPOSALS and not trusted:
+        raise ValueError(
+            "MODEL.LOAD_PROPOSALS must be False, got True: Detectron2 unpickles the proposals, "
+            "which can run code. Add --trust-config if you trust their files."
+        )
     if cfg.MODEL.DEVICE == "auto":
         cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     register_datasets(cfg)
@@ -90,24 +109,33 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     return cfg
 
 
-def _merge(config_file: str, opts: Sequence[str]) -> CfgNode:
+def _merge(config_file: str, opts: Sequence[str], trusted: bool) -> CfgNode:
     cfg = get_cfg()
     add_pgn_config(cfg)
+    cfg = SafeCfgNode(cfg)
     known = list(_keys(cfg))
     if len(opts) % 2:
         raise ValueError(
             f"overrides must be pairs of KEY VALUE, got {len(opts)} words ending in {opts[-1]!r}. "
             "Quote values that hold spaces."
         )
+    if config_file.endswith(".py"):
+        raise ConfigFileError(
+            f"a config must be a YAML file, got {config_file}. Python configs are code and are not "
+            "read; write its keys as a YAML file."
+        )
     try:
         if config_file:
-            cfg.merge_from_file(config_file)
+            cfg.merge_from_file(config_file, allow_unsafe=trusted)
         cfg.merge_from_list(list(opts))
-    except (KeyError, AssertionError, ValueError) as error:  # yacs raises all three
+    except ConfigFileError:
+        raise
+    except _OF_YACS as error:
         raise ValueError(_explain(str(error.args[0] if error.args else error), known)) from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"a config must be a readable YAML file, got {error}") from error
-    return cfg
+        what = " ".join(str(error).split())
+        raise ValueError(f"a config must be a readable YAML file, got {what}") from error
+    return CfgNode(cfg)
 
 
 def _explain(message: str, known: list[str]) -> str:
@@ -126,12 +154,14 @@ def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{prefix}{key}.")
 
 
-def _warn_learning_rate(config_file: str, cfg: CfgNode) -> None:
+def _warn_learning_rate(config_file: str, cfg: CfgNode, trusted: bool = False) -> None:
     """Warn where an override changed the batch and left the learning rate of the recipe."""
     if not config_file:
         return
-    recipe = _merge(config_file, ()).SOLVER
+    recipe = _merge(config_file, (), trusted).SOLVER
     solver = cfg.SOLVER
+    if recipe.REFERENCE_BATCH:  # the learning rate follows the batch
+        return
     if solver.IMS_PER_BATCH != recipe.IMS_PER_BATCH and solver.BASE_LR == recipe.BASE_LR:
         fitting = recipe.BASE_LR * solver.IMS_PER_BATCH / recipe.IMS_PER_BATCH
         logging.getLogger(__name__).warning(

@@ -10,11 +10,10 @@ from dataclasses import asdict
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import (
     DefaultTrainer,
     HookBase,
-    SimpleTrainer,
     TrainerBase,
     create_ddp_model,
     hooks,
@@ -24,11 +23,18 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from torch import nn
 
-from gn_practical.data import CheckedDatasetMapper
+from gn_practical.data import CheckedDatasetMapper, skipped_samples
+from gn_practical.data.loader import build_train_loader
+from gn_practical.data.seeding import run_seed
 from gn_practical.engine.autocast import AutocastTrainer
+from gn_practical.engine.bad_steps import BadSteps, CountSkippedSamples
+from gn_practical.engine.best_checkpoint import BestCheckpoint
 from gn_practical.engine.checkpoint import GroupsCheckpointer
 from gn_practical.engine.checks import check_model
+from gn_practical.engine.histories import BoundHistories
 from gn_practical.engine.isometry_hook import IsometryHook
+from gn_practical.engine.signals import EXIT_INTERRUPTED, STOP, Agreement, Interrupted
+from gn_practical.engine.training_state import TrainingState, forget_metrics
 from gn_practical.evaluation import build_evaluator, plot_metrics, results_table, write_results
 from gn_practical.modeling import bind_model, build_model
 
@@ -72,13 +78,18 @@ class Trainer(DefaultTrainer):
         data_loader = self.build_train_loader(cfg)
         device_ids = {} if cfg.MODEL.DEVICE.startswith("cuda") else {"device_ids": None}
         model = create_ddp_model(model, broadcast_buffers=False, **device_ids)
-        if cfg.SOLVER.AMP.ENABLED:
-            dtype = cfg.SOLVER.AMP.DTYPE
-            self._trainer = AutocastTrainer(model, data_loader, optimizer, dtype)
-        else:
-            self._trainer = SimpleTrainer(model, data_loader, optimizer)
+        dtype = cfg.SOLVER.AMP.DTYPE if cfg.SOLVER.AMP.ENABLED else None
+        bad_steps = BadSteps(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_SKIPPED_STEPS)
+        self._trainer = AutocastTrainer(model, data_loader, optimizer, dtype, bad_steps)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = GroupsCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.state = TrainingState(run_seed(cfg), data_loader)
+        self.checkpointer = GroupsCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            keep_last=cfg.SOLVER.CHECKPOINT_KEEP_LAST,
+            trainer=weakref.proxy(self),
+            training_state=self.state,
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -90,11 +101,72 @@ class Trainer(DefaultTrainer):
         if self.cfg.TEST.AUG.ENABLED:
             built.append(hooks.EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model)))
         if comm.is_main_process():
+            if self.cfg.TEST.BEST_METRIC:
+                best = (self.cfg.TEST.BEST_METRIC, self.cfg.TEST.EVAL_PERIOD)
+                built.append(BestCheckpoint(self.checkpointer, *best))
             built.append(PlotCurves(self.cfg.OUTPUT_DIR))
-            if self.cfg.MODEL.PGN.AUDIT_PERIOD:
+            if self.cfg.DATALOADER.MAX_SKIPPED_SAMPLES:
                 # First, so that what it logs is there when the writers write.
+                built.insert(0, CountSkippedSamples(skipped_samples(self.cfg)))
+            if self.cfg.MODEL.PGN.AUDIT_PERIOD:
                 built.insert(0, IsometryHook(self.cfg.MODEL.PGN.AUDIT_PERIOD))
-        return built
+        return [BoundHistories(), *built]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on from the last checkpoint of ``OUTPUT_DIR``, or load ``MODEL.WEIGHTS``."""
+        super().resume_or_load(resume)
+        if self.start_iter:
+            self.state.warn_if_fresh()
+            if comm.is_main_process():
+                forget_metrics(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter)
+
+    def train(self) -> dict[str, Any] | None:
+        """Train; stop after a step if a signal asks for it, with a checkpoint of it.
+
+        Raises:
+            Interrupted: if it was stopped.
+        """
+        with STOP.handled(), STOP.held():
+            self._agreement = Agreement()
+            try:
+                results = super().train()
+            finally:
+                self._trainer.reset_data_loader(lambda: self.state.loader)  # ends its workers
+            self._agreement.finish()
+            self.checkpointer.wait()
+            return results
+
+    def run_step(self) -> None:
+        """Run a step, with random numbers that follow from the iteration."""
+        self.state.begin_step(self.iter)
+        super().run_step()
+
+    def after_step(self) -> None:
+        """Run the hooks, and stop here if a signal has asked for it.
+
+        An evaluation is left at once: it can be redone. The other ranks may still be in it, so
+        that they are not waited for.
+        """
+        try:
+            super().after_step()
+        except Interrupted:
+            self._save_and_say_so()
+            raise
+        if self._agreement.stop(bool(STOP.received)) and self.iter + 1 < self.max_iter:
+            self._save_and_say_so()
+            comm.synchronize()  # a launcher ends the other ranks as soon as one has ended
+            raise Interrupted
+
+    def _save_and_say_so(self) -> None:
+        STOP.ignore()
+        if (self.iter + 1) % self.cfg.SOLVER.CHECKPOINT_PERIOD:  # else it has been saved
+            self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+        self.checkpointer.wait()
+        logging.getLogger(__name__).warning(
+            "Stopped by %s after iteration %d. --resume goes on from there; exit code %d.",
+            *(STOP.received.name if STOP.received else "a signal to another rank", self.iter),
+            EXIT_INTERRUPTED,
+        )
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -109,8 +181,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
-        """Return Detectron2's loader, with errors that name the file."""
-        return build_detection_train_loader(cfg, mapper=CheckedDatasetMapper(cfg, is_train=True))
+        """Return a loader that a checkpoint can position, with errors that name the file."""
+        return build_train_loader(cfg, CheckedDatasetMapper(cfg, is_train=True))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
@@ -130,7 +202,8 @@ class Trainer(DefaultTrainer):
         cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None
     ) -> dict[str, Any]:
         """Evaluate on ``cfg.DATASETS.TEST``, log one table and write ``results.json``."""
-        results = super().test(cfg, model, evaluators)
+        with STOP.held(False):
+            results = super().test(cfg, model, evaluators)
         if comm.is_main_process() and results:
             path = os.path.join(cfg.OUTPUT_DIR, "results.json")
             write_results(results, path)
@@ -142,5 +215,6 @@ class Trainer(DefaultTrainer):
         """Evaluate with test-time augmentation, as ``TEST.AUG`` says; R-CNN models only."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
-        results = super().test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        with STOP.held(False):
+            results = super().test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return OrderedDict({f"{key}_TTA": value for key, value in results.items()})

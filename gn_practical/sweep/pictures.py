@@ -14,6 +14,7 @@ from gn_practical.sweep.runner import is_finished
 from gn_practical.sweep.summary import Cell, Row
 
 _MOST_CURVES = 20
+_LARGE_RANGE = 20
 
 
 def draw_pictures(plan: Plan, rows: list[Row], output: str) -> list[str]:
@@ -51,8 +52,7 @@ def _draw_curves(plan: Plan, path: str) -> None:
         for number, (label, runs) in enumerate(list(by_setting.items())[:_MOST_CURVES]):
             _draw_band(axes, _curves(runs, name), label, f"C{number}")
         axes.set(xlabel="iteration", title=name)
-        if name == "total_loss":
-            axes.set_yscale("log")
+        _scale(axes)
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="small", title=", ".join(plan.axes))
@@ -102,10 +102,19 @@ def _draw_axis(rows: list[Row], labels: list[str], x: str, y: str, lines: str, p
     axes.set_xticks([place(label) for label in labels], labels)
     axes.minorticks_off()
     axes.set(xlabel=x, ylabel=y)
+    _scale(axes)
     axes.grid(alpha=0.3)
     if lines:
         axes.legend(title=lines)
     figure.savefig(path, dpi=110)
+
+
+def _scale(axes: Axes) -> None:
+    """Take a logarithmic scale where a failed setting would press the others into one line."""
+    values = np.array([value for line in axes.lines for value in line.get_ydata()], float)
+    values = values[np.isfinite(values)]
+    if len(values) and 0 < values.min() < values.max() / _LARGE_RANGE:
+        axes.set_yscale("log")
 
 
 def _is_number(label: str) -> bool:

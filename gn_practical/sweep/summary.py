@@ -90,9 +90,12 @@ def results_markdown(plan: Plan, rows: list[Row]) -> str:
     for row in rows:
         line = [*row.setting.values()]
         for cell in row.cells.values():
-            line.append(f"{_spread(cell.mean, cell.std)} ({len(cell.by_seed)})")
+            mean = _spread(cell.mean, cell.std, _digits(cell.mean))
+            line.append(f"{mean} ({len(cell.by_seed)})")
             if plan.baseline:
-                line += [_spread(cell.difference, cell.difference_std, "+"), _p(cell.p_value)]
+                digits = _digits(cell.mean)
+                line += [_spread(cell.difference, cell.difference_std, digits, "+")]
+                line += [_p(cell.p_value)]
         lines.append([*line, "-" if math.isnan(row.seconds) else f"{row.seconds:.0f} s"])
     table = tabulate(lines, [*headers, "time a run"], tablefmt="pipe", disable_numparse=True)
     return f"{table}\n\n{_legend(plan, rows)}\n"
@@ -181,10 +184,14 @@ def _std(values: list[float]) -> float:
     return _reduced(np.std, values, 2, ddof=1)
 
 
-def _spread(mean: float, std: float, sign: str = "") -> str:
+def _digits(mean: float) -> int:
+    """Return how many decimals a metric needs: percents two, small losses four."""
+    return 2 if abs(mean) >= 0.1 else 4
+
+
+def _spread(mean: float, std: float, digits: int, sign: str = "") -> str:
     if math.isnan(mean):
         return "-"
-    digits = 2 if abs(mean) >= 0.1 else 4
     spread = "" if math.isnan(std) else f" ± {std:.{digits}f}"
     return f"{mean:{sign}.{digits}f}{spread}"
 

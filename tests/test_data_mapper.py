@@ -1,15 +1,20 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetMapper
+from detectron2.data.common import MapDataset
 from detectron2.structures import BoxMode
+from detectron2.utils.events import EventStorage
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from gn_practical.data import CheckedDatasetMapper, DatasetError
+from gn_practical import add_pgn_config
+from gn_practical.data import CheckedDatasetMapper, DatasetError, SkippedSamples
+from gn_practical.engine.bad_steps import CountSkippedSamples
 
 
 @pytest.fixture
@@ -105,3 +110,66 @@ class MappedList(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return self.mapper(self.samples[index])
+
+
+def skipping(cfg, folder, limit):
+    add_pgn_config(cfg)
+    cfg.OUTPUT_DIR = str(folder)
+    cfg.DATALOADER.MAX_SKIPPED_SAMPLES = limit
+    return cfg
+
+
+def damaged(sample, numbers):
+    """Copies of the sample whose images are numbered; those are missing."""
+    names = {number: f"missing{number}.jpg" for number in numbers}
+    return [{**sample, "image_id": k, "file_name": names.get(k, sample["file_name"])}
+            for k in range(8)]  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_samples_are_counted_over_workers_and_epochs(cfg, sample, tmp_path, workers):
+    mapper = CheckedDatasetMapper(skipping(cfg, tmp_path, 3), is_train=True)
+    samples = MapDataset(damaged(sample, [1, 4, 6]), mapper)
+    for _ in range(2):
+        loader = DataLoader(samples, num_workers=workers, batch_size=None)
+        assert [s["file_name"] for s in loader] == [sample["file_name"]] * 8
+    listed = mapper.skipped.read()
+    assert sorted(entry["file_name"] for entry in listed) == [f"missing{k}.jpg" for k in (1, 4, 6)]
+    assert {entry["image_id"] for entry in listed} == {1, 4, 6}
+    assert "must exist" in listed[0]["reason"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_more_than_may_be_skipped_is_an_error(cfg, sample, tmp_path, workers):
+    mapper = CheckedDatasetMapper(skipping(cfg, tmp_path, 2), is_train=True)
+    loader = DataLoader(
+        MapDataset(damaged(sample, [1, 4, 6]), mapper), num_workers=workers, batch_size=None
+    )
+    message = r"MAX_SKIPPED_SAMPLES=2 images may be skipped, got 3, .*The last: missing\d\.jpg must"
+    with pytest.raises(DatasetError, match=rf"^At most \S*{message}") as error:
+        list(loader)
+    assert "\n" not in str(error.value)
+    assert len(mapper.skipped.read()) == 3
+
+
+def test_without_a_limit_and_in_evaluation_nothing_is_skipped(cfg, sample, tmp_path):
+    sample["file_name"] = "gone.jpg"
+    for limit, is_train in ((0, True), (5, False)):
+        mapper = CheckedDatasetMapper(skipping(cfg, tmp_path, limit), is_train)
+        with pytest.raises(DatasetError, match=r"gone\.jpg must exist"):
+            mapper(sample)
+    assert not list(tmp_path.glob("skipped*"))
+
+
+def test_the_count_is_logged_and_forgotten_by_a_new_run(tmp_path):
+    samples = SkippedSamples(str(tmp_path / "skipped.json"), limit=5)
+    samples.add({"file_name": "a.jpg"}, "a reason")
+    hook = CountSkippedSamples(samples, period=2)
+    hook.trainer = SimpleNamespace(start_iter=3, iter=3)
+    with EventStorage() as storage:
+        hook.before_train()
+        hook.after_step()
+    assert storage.latest()["skipped_samples"][0] == 1
+    hook.trainer.start_iter = 0
+    hook.before_train()
+    assert samples.read() == []

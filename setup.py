@@ -38,6 +38,7 @@ setup(
         "omegaconf>=2.1,<2.4",
         "hydra-core>=1.1",
         "packaging>=21",
+        "portalocker>=2",
         "scipy>=1.11",
         "scikit-learn>=1.3",  # the digits, classification's embedded data set
         "hotcoco>=1.3,<2",

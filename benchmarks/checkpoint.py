@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from gn_practical import build_model
-from gn_practical.engine import GroupsCheckpointer, load_cfg
-from gn_practical.engine.checkpoint_files import check_whole, write_checkpoint
-from gn_practical.engine.safe_loading import load_torch
+from gn_practical.checkpoint import GroupsCheckpointer
+from gn_practical.checkpoint.files import check_whole, write_checkpoint
+from gn_practical.checkpoint.safe_loading import load_torch
+from gn_practical.engine import load_cfg
 
 
 def main() -> None:

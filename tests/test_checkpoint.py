@@ -19,16 +19,17 @@ from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.engine.train_loop import TrainerBase
 from torch import nn
 
-from gn_practical.engine import GroupsCheckpointer, checkpoint, checkpoint_files
-from gn_practical.engine.best_checkpoint import BestCheckpoint
-from gn_practical.engine.checkpoint_files import (
+from gn_practical.checkpoint import GroupsCheckpointer, files
+from gn_practical.checkpoint import checkpointer as checkpointer_module
+from gn_practical.checkpoint.best import BestCheckpoint
+from gn_practical.checkpoint.files import (
     check_whole,
     newest_whole,
     remove_old,
     write_checkpoint,
     write_last,
 )
-from gn_practical.engine.snapshot import Snapshot
+from gn_practical.checkpoint.snapshot import Snapshot
 
 
 def state_of(iteration, size=50):
@@ -226,7 +227,7 @@ def test_every_rank_takes_what_the_main_rank_found(run, monkeypatch):
         comm = types.SimpleNamespace(
             is_main_process=lambda: False, all_gather=lambda mine, answer=answer: [answer, mine]
         )
-        monkeypatch.setattr(checkpoint, "comm", comm)
+        monkeypatch.setattr(checkpointer_module, "comm", comm)
         other_rank = GroupsCheckpointer(nn.Linear(50, 1), str(run))
         if answer[0]:
             assert other_rank.resume_or_load("")["iteration"] == 9
@@ -304,7 +305,7 @@ def test_a_write_that_is_broken_off_leaves_nothing(run, monkeypatch, step):
     def fail(*_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(checkpoint_files.os, step, fail)
+    monkeypatch.setattr(files.os, step, fail)
     with pytest.raises(OSError, match="Input/output"):
         write_checkpoint(state_of(99), str(run / name_of(29)))
     assert {path: path.read_bytes() for path in run.iterdir()} == before
@@ -341,13 +342,13 @@ def test_nothing_is_removed_for_a_damaged_one(run):
 def test_the_step_does_not_wait_for_the_write(tmp_path, monkeypatch):
     """What is written is the state at the time of the call, however late it is written."""
     may_write = threading.Event()
-    write = checkpoint_files.write_checkpoint
+    write = files.write_checkpoint
 
     def wait_and_write(state, path):
         assert may_write.wait(30)
         write(state, path)
 
-    monkeypatch.setattr(checkpoint_files, "write_checkpoint", wait_and_write)
+    monkeypatch.setattr(files, "write_checkpoint", wait_and_write)
     model = nn.Linear(2, 1)
     weight = model.weight.detach().clone()
     checkpointer = GroupsCheckpointer(model, str(tmp_path))
@@ -483,3 +484,15 @@ def test_a_metric_that_is_no_result_is_warned_of(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         loop.train()
     assert "must be a result of the evaluation, got bbox/ap. There are: bbox/AP." in caplog.text
+
+
+def test_weights_that_are_not_finite_take_no_checkpoint_s_place(tmp_path):
+    model = nn.Linear(2, 2)
+    checkpointer = GroupsCheckpointer(model, str(tmp_path))
+    save(checkpointer, 9)
+    with torch.no_grad():
+        model.weight[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"weights must be finite .* weight"):
+        save(checkpointer, 19)
+    checkpointer.wait()
+    assert files.newest_whole(str(tmp_path))[0].endswith(name_of(9))

@@ -11,11 +11,12 @@ from torch import nn
 from torchvision.models import resnet50
 
 from gn_practical import PracticalGroupNorm, build_model
+from gn_practical.checkpoint import GroupsCheckpointer
 from gn_practical.classification import loaders
 from gn_practical.classification.classifier import Batch
 from gn_practical.classification.evaluation import ClassificationEvaluator
 from gn_practical.classification.run import ClassifierTrainer, argument_parser, complete, main
-from gn_practical.engine import GroupsCheckpointer, load_cfg
+from gn_practical.engine import load_cfg
 from gn_practical.layers import group_norm
 
 CONFIGS = Path(__file__).parent.parent / "configs/classification"

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from gn_practical.checkpoint import GroupsCheckpointer
 from gn_practical.engine import Trainer, argument_parser, load_cfg, main
-from gn_practical.engine.checkpoint import GroupsCheckpointer
 from gn_practical.engine.checks import check_model, check_run
 from gn_practical.layers import PracticalGroupNorm
 

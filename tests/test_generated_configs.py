@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from gn_practical import add_pgn_config
+from gn_practical.config.values import CHOICES, NOT_EMPTY, RULES, expand, look_up
 from gn_practical.data import ensure_scenes
 from gn_practical.engine import argument_parser, load_cfg, main
-from gn_practical.engine.config_values import CHOICES, NOT_EMPTY, RULES, expand, look_up
 
 TINY = str(Path(__file__).parent.parent / "configs/quickstart/tiny.yaml")
 

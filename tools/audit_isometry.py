@@ -79,7 +79,8 @@ def audit(args: argparse.Namespace) -> None:
     from gn_practical.analysis.audit import audit_isometry
     from gn_practical.analysis.audit_report import save_audit
     from gn_practical.analysis.blocks import choose_groups, find_unit_blocks
-    from gn_practical.engine import GroupsCheckpointer, check_run
+    from gn_practical.checkpoint import GroupsCheckpointer
+    from gn_practical.engine import check_run
 
     cfg = read_config(args)
     if not args.synthetic:

@@ -19,7 +19,7 @@ from gn_practical.classification.loaders import (
     build_test_loader,
     build_train_loader,
 )
-from gn_practical.engine.config_values import check_values
+from gn_practical.config.values import check_values
 from gn_practical.engine.run import Task
 
 _EPILOG = """

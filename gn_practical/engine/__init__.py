@@ -1,7 +1,6 @@
-"""Training: launch, set-up, checks, checkpoints and the trainer."""
+"""Training: launch, set-up, checks, and the trainer."""
 
 from gn_practical.engine.autocast import AutocastTrainer
-from gn_practical.engine.checkpoint import GroupsCheckpointer
 from gn_practical.engine.checks import check_run
 from gn_practical.engine.launch import launch
 from gn_practical.engine.run import main
@@ -10,7 +9,6 @@ from gn_practical.engine.trainer import Trainer
 
 __all__ = [
     "AutocastTrainer",
-    "GroupsCheckpointer",
     "Trainer",
     "argument_parser",
     "check_run",

@@ -143,26 +143,6 @@ def losses_are_finite(step: dict[str, Any]) -> bool:
     return not any(isinstance(v, str) for rank in step["ranks"] for v in rank["losses"].values())
 
 
-def require_finite_weights(model: nn.Module) -> None:
-    """Raise if a weight or statistic is not finite: before it takes the name of a checkpoint.
-
-    Args:
-        model: about to be saved.
-
-    Raises:
-        FloatingPointError: with the first names.
-    """
-    state = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
-    if isfinite(get_total_norm(state.values(), norm_type=torch.inf).item()):
-        return
-    bad = [name for name, value in state.items() if not value.isfinite().all()]
-    raise FloatingPointError(
-        f"weights must be finite to be saved, got {len(bad)} tensors that are not: "
-        f"{', '.join(bad[:3])}. The checkpoints before are kept; lower SOLVER.BASE_LR or add "
-        "SOLVER.CLIP_GRADIENTS.ENABLED True, and resume."
-    )
-
-
 class CountSkippedSamples(HookBase):
     """Logs the number of images that could not be used as ``skipped_samples``.
 

@@ -12,10 +12,11 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
 from torch import nn
 
+from gn_practical.checkpoint.files import newest_whole
 from gn_practical.config import add_pgn_config
+from gn_practical.config.values import check_values
 from gn_practical.data import check_datasets
 from gn_practical.engine.autocast import DTYPES
-from gn_practical.engine.config_values import check_values
 from gn_practical.layers import PracticalGroupNorm
 
 
@@ -40,13 +41,12 @@ def check_run(
     _check_device(cfg)
     _check_architecture(cfg)
     _check_expected_results(cfg.TEST.EXPECTED_RESULTS)
-    last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
-    if not (resume and os.path.isfile(last)):
+    if not (resume and newest_whole(cfg.OUTPUT_DIR)[0]):
         _check_weights(cfg.MODEL.WEIGHTS)
     if not eval_only:
         _check_precision(cfg)
         _check_solver(cfg.SOLVER)
-        if os.path.isfile(last) and not resume:
+        if os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")) and not resume:
             logging.getLogger(__name__).warning(
                 "%s holds checkpoints of an earlier run, which this one overwrites. "
                 "Add --resume to continue it, or choose another OUTPUT_DIR.",

@@ -12,13 +12,13 @@ from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from gn_practical.engine.checkpoint import GroupsCheckpointer
+from gn_practical.checkpoint import GroupsCheckpointer
+from gn_practical.config.errors import blame_config
+from gn_practical.config.unread_keys import NameUnreadKeys, record_reads
 from gn_practical.engine.checks import check_run
-from gn_practical.engine.config_errors import blame_config
 from gn_practical.engine.setup import setup
 from gn_practical.engine.signals import STOP
 from gn_practical.engine.trainer import Trainer
-from gn_practical.engine.unread_keys import NameUnreadKeys, record_reads
 
 
 class Task(NamedTuple):

@@ -14,8 +14,8 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from gn_practical.config import add_pgn_config
+from gn_practical.config.safe_yaml import ConfigFileError, SafeCfgNode
 from gn_practical.data import register_datasets
-from gn_practical.engine.safe_loading import ConfigFileError, SafeCfgNode
 
 # What yacs raises for keys and values that it cannot take.
 _OF_YACS = (KeyError, AssertionError, ValueError, TypeError, AttributeError, RecursionError)

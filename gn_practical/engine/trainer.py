@@ -23,13 +23,13 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from torch import nn
 
+from gn_practical.checkpoint import GroupsCheckpointer
+from gn_practical.checkpoint.best import BestCheckpoint
 from gn_practical.data import CheckedDatasetMapper, skipped_samples
 from gn_practical.data.loader import build_train_loader
 from gn_practical.data.seeding import run_seed
 from gn_practical.engine.autocast import AutocastTrainer
 from gn_practical.engine.bad_steps import BadSteps, CountSkippedSamples
-from gn_practical.engine.best_checkpoint import BestCheckpoint
-from gn_practical.engine.checkpoint import GroupsCheckpointer
 from gn_practical.engine.checks import check_model
 from gn_practical.engine.histories import BoundHistories
 from gn_practical.engine.isometry_hook import IsometryHook

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from gn_practical.engine.safe_loading import load_torch
+from gn_practical.checkpoint.safe_loading import load_torch
 
 LAST = "last_checkpoint"  # Detectron2's file with the name of the checkpoint to resume from
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from detectron2.engine import HookBase
 
-from gn_practical.engine.checkpoint import BEST, GroupsCheckpointer
+from gn_practical.checkpoint.checkpointer import BEST, GroupsCheckpointer
 
 
 class BestCheckpoint(HookBase):

@@ -12,9 +12,10 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from gn_practical.engine import checkpoint_files
-from gn_practical.engine.safe_loading import load_pickle, load_torch
-from gn_practical.engine.snapshot import Snapshot
+from gn_practical.checkpoint import files
+from gn_practical.checkpoint.finite_weights import require_finite_weights
+from gn_practical.checkpoint.safe_loading import load_pickle, load_torch
+from gn_practical.checkpoint.snapshot import Snapshot
 from gn_practical.layers import PracticalGroupNorm
 
 # torchvision's names of a ResNet's parts, and Detectron2's.
@@ -35,10 +36,10 @@ class GroupsCheckpointer(DetectionCheckpointer):
     """A ``DetectionCheckpointer`` whose checkpoints are whole, safe and know their groups.
 
     Saving takes a snapshot in host memory, one copy of the state, and writes it in the background;
-    the file is there whole or not at all (:mod:`gn_practical.engine.checkpoint_files`). A save that
+    the file is there whole or not at all (:mod:`gn_practical.checkpoint.files`). A save that
     fails, on a full disk, is logged, and training goes on to the next one. Resuming takes the
     newest checkpoint that is whole and names those that are not. Nothing that is read can run code
-    (:mod:`gn_practical.engine.safe_loading`).
+    (:mod:`gn_practical.checkpoint.safe_loading`).
 
     A model that runs with other groups than it was trained with computes something else with the
     same weights. So a difference is an error on resume, and a warning that names the layers for
@@ -83,12 +84,14 @@ class GroupsCheckpointer(DetectionCheckpointer):
 
         Raises:
             ValueError: for a name with a folder, or a state that could not be safely read again.
+            FloatingPointError: for weights that are not finite.
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        path = checkpoint_files.checkpoint_path(self.save_dir, name)
+        require_finite_weights(self.model)
+        path = files.checkpoint_path(self.save_dir, name)
         if self._writer is None:
-            checkpoint_files.remove_leftovers(self.save_dir)
+            files.remove_leftovers(self.save_dir)
             self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if self._writing:
             self._writing.exception()  # waits; it has been logged
@@ -143,7 +146,7 @@ class GroupsCheckpointer(DetectionCheckpointer):
         """
         if not self.save_dir:
             return ""
-        newest, damaged = checkpoint_files.newest_whole(self.save_dir)
+        newest, damaged = files.newest_whole(self.save_dir)
         listed = "; ".join(f"{path} ({reason})" for path, reason in damaged.items())
         if damaged and not newest:
             raise ValueError(
@@ -156,11 +159,11 @@ class GroupsCheckpointer(DetectionCheckpointer):
 
     def read_best(self) -> dict[str, Any]:
         """Return ``{"metric": name, "value": highest so far}`` of ``model_best.pth``, or {}."""
-        path = checkpoint_files.checkpoint_path(self.save_dir, BEST)
+        path = files.checkpoint_path(self.save_dir, BEST)
         if not os.path.isfile(path):
             return {}
         try:
-            checkpoint_files.check_whole(path)
+            files.check_whole(path)
             return load_torch(path, mmap=True).get("best", {})
         except ValueError as error:
             self.logger.warning("%s is damaged: %s. The best is sought anew.", path, error)
@@ -185,10 +188,10 @@ class GroupsCheckpointer(DetectionCheckpointer):
         name = os.path.basename(path)
         try:
             self._snapshot.wait()
-            checkpoint_files.write_checkpoint(state, path)
+            files.write_checkpoint(state, path)
             if name != f"{BEST}.pth":
-                checkpoint_files.write_last(self.save_dir, name)
-            checkpoint_files.remove_old(path, self._keep_last)
+                files.write_last(self.save_dir, name)
+            files.remove_old(path, self._keep_last)
         except Exception as error:
             self.logger.error(
                 "%s could not be written: %s. Older checkpoints are as they were; the next save "
@@ -225,7 +228,7 @@ class GroupsCheckpointer(DetectionCheckpointer):
 
     def _load_whole(self, path: str) -> Any:
         if path != self._resumed_from and zipfile.is_zipfile(path):
-            checkpoint_files.check_whole(path)
+            files.check_whole(path)
         return load_torch(path)
 
     @staticmethod

@@ -1,8 +1,11 @@
 import importlib.util
 import json
 import os
+import pickle
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,6 @@ from gn_practical.data.validation import (
     REASONS,
     InstancesTarget,
     PanopticTarget,
-    RecordsTarget,
     Report,
     validate,
     write_clean,
@@ -526,25 +528,32 @@ def test_a_worker_that_dies_is_an_error():
         list(pool.map(kill_worker, ["a", "b", "c"], "dying"))
 
 
-class _Interrupted(RecordsTarget):
+# A data set that is interrupted as a terminal does it: all processes of the group are.
+INTERRUPTED = """
+import os, pickle, signal, sys
+from gn_practical.data.validation import RecordsTarget, validate
+
+class Interrupted(RecordsTarget):
     def check(self, pool, decoded):
         list(pool.map(abs, [1], "work"))
-        os.kill(0, signal.SIGINT)  # as a terminal does, to all processes of the group
+        os.kill(0, signal.SIGINT)
         signal.pause()
         yield
 
+first = pickle.load(open(sys.argv[1], "rb"))
+report = validate([first, Interrupted("slow"), first], workers=1)
+report.save(sys.argv[2])
+sys.exit(report.exit_code)
+"""
+
 
 def test_ctrl_c_leaves_a_partial_report(scenes, tmp_path):
-    """In a process group of its own, as only that one is to be interrupted."""
     first = targets_in(scenes)[0]
-    child = os.fork()
-    if child == 0:
-        os.setpgid(0, 0)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        report = check(first, _Interrupted("slow"), first)
-        report.save(tmp_path / "r.json")
-        os._exit(report.exit_code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    (tmp_path / "first.pkl").write_bytes(pickle.dumps(first))
+    command = [sys.executable, "-c", INTERRUPTED, tmp_path / "first.pkl", tmp_path / "r.json"]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, start_new_session=True, env=environment)
+    assert done.returncode == 130
     content = json.loads((tmp_path / "r.json").read_text())
     assert content["complete"] is False
     assert content["checked"] == [first.json]

@@ -1,5 +1,6 @@
 """Work on all cores, with progress, bounded memory and clean ends."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -44,8 +45,11 @@ class Pool:
     def __init__(self, workers: int | None = None, show_progress: bool = True) -> None:
         self.workers = workers or available_cores()
         self.show_progress = show_progress
-        self._executor = ProcessPoolExecutor(self.workers, initializer=_start_worker)
-        self._executor.submit(int).result()  # forked now, before a large json is in memory
+        # Not forks of this process: a lock that a thread of OpenCV or OpenMP holds at that moment
+        # is never opened in the copy.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__package__])
+        self._executor = ProcessPoolExecutor(self.workers, context, _start_worker)
 
     def __enter__(self) -> "Pool":
         return self

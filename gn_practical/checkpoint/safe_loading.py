@@ -43,7 +43,7 @@ def load_pickle(path: str) -> Any:
         ValueError: if the file is damaged, or names anything that could run code.
 
     Example:
-        >>> import tempfile
+        >>> import os, tempfile
         >>> path = os.path.join(tempfile.mkdtemp(), "a.pkl")
         >>> with open(path, "wb") as file:
         ...     pickle.dump({"blobs": {"conv1_w": np.ones((2, 1), np.float32)}}, file)

@@ -9,7 +9,7 @@ CONSTRAINTS = requirements/constraints.txt
 help:
 	@echo "make quickstart  train, evaluate and draw on the embedded data, about 5 minutes on 2 cores"
 	@echo "make test        run the test suite"
-	@echo "make crash-test  kill and resume a training dozens of times, compare: 10 to 20 minutes"
+	@echo "make crash-test  kill and resume a training dozens of times, compare: about 8 minutes"
 	@echo "make lint        check style with ruff"
 	@echo "make install     make $(VENV) with all packages; the others do it by themselves"
 	@echo "PYTHON=python3.12 chooses the interpreter, OPTS='KEY VALUE ...' overrides the config."

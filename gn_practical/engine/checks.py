@@ -128,8 +128,8 @@ def _check_precision(cfg: CfgNode) -> None:
         )
     if amp.ENABLED and amp.DTYPE == "float16" and not device.startswith("cuda"):
         raise ValueError(
-            f"SOLVER.AMP.DTYPE must be bfloat16 on {device}, got SOLVER.AMP.DTYPE=float16. Add "
-            "SOLVER.AMP.DTYPE bfloat16."
+            f"SOLVER.AMP.DTYPE must be bfloat16 on {device} with SOLVER.AMP.ENABLED, got "
+            "SOLVER.AMP.DTYPE=float16. Add SOLVER.AMP.DTYPE bfloat16."
         )
 
 

@@ -17,7 +17,9 @@ def require_finite_weights(model: nn.Module) -> None:
         FloatingPointError: with the first names.
     """
     state = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
-    if isfinite(get_total_norm(state.values(), norm_type=torch.inf).item()):
+    # The 2-norm takes a thirtieth of the time on the CPU, but large values make it overflow.
+    norms = (get_total_norm(state.values(), norm_type=p) for p in (2.0, torch.inf))
+    if any(isfinite(norm.item()) for norm in norms):
         return
     bad = [name for name, value in state.items() if not value.isfinite().all()]
     raise FloatingPointError(

@@ -3,6 +3,7 @@
 import json
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -126,7 +127,7 @@ def _draw_losses(axes: Axes, curves: dict[str, Series]) -> None:
         iterations, values = curves[name]
         color = "black" if name == "total_loss" else f"C{index - 1}"
         axes.plot(iterations, values, color=color, alpha=0.35, linewidth=0.8)
-        axes.plot(iterations, _smooth(values), color=color, label=name, linewidth=1.6)
+        axes.plot(iterations, smooth(values), color=color, label=name, linewidth=1.6)
     axes.set_title("training loss (pale: as written, strong: smoothed)")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="small")
@@ -141,14 +142,14 @@ def _draw_rate(axes: Axes, curves: dict[str, Series]) -> None:
 def _draw_metrics(axes: Axes, curves: dict[str, Series]) -> None:
     for name, (iterations, values) in curves.items():
         style = {"marker": "o", "markersize": 4} if len(values) < 200 else {}
-        drawn = _smooth(values) if name == "training error" else values
+        drawn = smooth(values) if name == "training error" else values
         axes.plot(iterations, drawn, label=f"{name}: {drawn[-1]:.3g}", **style)
     axes.set_title("evaluation, percent (legend: last value)")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="small")
 
 
-def _smooth(values: list[float]) -> np.ndarray:
+def smooth(values: Sequence[float]) -> np.ndarray:
     """Centred mean over a twentieth of the curve: it does not lag behind as a running mean does."""
     window = np.ones(1 + 2 * (len(values) // 40))
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")

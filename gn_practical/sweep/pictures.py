@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gn_practical.evaluation.curves import read_metrics
+from gn_practical.evaluation.curves import read_metrics, smooth
 from gn_practical.sweep.plan import Plan, Run
 from gn_practical.sweep.runner import is_finished
 from gn_practical.sweep.summary import Cell, Row
@@ -74,11 +74,7 @@ def _draw_band(
     if not curves:
         return
     x = curves[0][0]
-    y = np.array([np.interp(x, *curve) for curve in curves])
-    if len(x) > 40:  # a loss curve: its noise hides the settings
-        window = np.ones(1 + 2 * (len(x) // 40))
-        weight = np.convolve(np.ones(len(x)), window, "same")
-        y = np.array([np.convolve(row, window, "same") / weight for row in y])
+    y = np.array([smooth(np.interp(x, *curve)) for curve in curves])
     axes.plot(x, y.mean(0), color=color, label=label, marker="o" if len(x) < 12 else "")
     axes.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, linewidth=0)
 

@@ -1,6 +1,5 @@
 """Run the runs of a sweep, several at once, each in a process of its own."""
 
-import ctypes
 import fcntl
 import json
 import os
@@ -11,11 +10,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.multiprocessing import _prctl_pr_set_pdeathsig
 from tqdm import tqdm
 
+from gn_practical.evaluation.results import write_results
 from gn_practical.sweep.plan import Plan, Run
 
 _TOOLS = Path(__file__).parents[2] / "tools"
@@ -43,7 +46,9 @@ def run_all(plan: Plan, output: str, jobs: int = 0, num_gpus: int = 1) -> list[R
     """
     jobs = jobs or _default_jobs(num_gpus)
     with _lock(output):
-        waiting = [run for run in plan.runs if not _is_finished(plan, run)]
+        for run in plan.runs:
+            _refuse_another(plan, run)
+        waiting = [run for run in plan.runs if not is_finished(run)]
         done = len(plan.runs) - len(waiting)
         with tqdm(total=len(plan.runs), initial=done, unit="run", smoothing=0) as bar:
             return _work_off(plan, waiting, min(jobs, max(1, len(waiting))), num_gpus, bar)
@@ -51,7 +56,7 @@ def run_all(plan: Plan, output: str, jobs: int = 0, num_gpus: int = 1) -> list[R
 
 def is_finished(run: Run) -> bool:
     """Return whether the run ended well."""
-    return _read_record(run).get("finished", False)
+    return read_record(run).get("finished", False)
 
 
 def command(plan: Plan, run: Run, num_gpus: int) -> list[str]:
@@ -69,9 +74,9 @@ def _default_jobs(num_gpus: int) -> int:
     return max(1, (os.cpu_count() or 1) // num_gpus)
 
 
-def _is_finished(plan: Plan, run: Run) -> bool:
-    """Look into the run's folder, and refuse to mix two different runs in it."""
-    record = _read_record(run)
+def _refuse_another(plan: Plan, run: Run) -> None:
+    """Refuse to mix two different runs in one folder."""
+    record = read_record(run)
     wanted = {"tool": plan.tool, "config": plan.config, "overrides": list(run.overrides)}
     found = {key: record.get(key) for key in wanted}
     if record and found != wanted:
@@ -79,10 +84,10 @@ def _is_finished(plan: Plan, run: Run) -> bool:
             f"{run.folder} must hold the same run, got one with {found} where {wanted} is asked "
             "for. Choose another --output, or remove that folder."
         )
-    return record.get("finished", False)
 
 
-def _read_record(run: Run) -> dict:
+def read_record(run: Run) -> dict[str, Any]:
+    """Return a run's overrides, seconds, and whether it is finished; nothing if it never began."""
     try:
         return json.loads(Path(run.folder, _RECORD).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
@@ -97,10 +102,7 @@ def _write_record(plan: Plan, run: Run, finished: bool, seconds: float) -> None:
         "finished": finished,
         "seconds": round(seconds, 1),
     }
-    path = Path(run.folder, _RECORD)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    write_results(record, os.path.join(run.folder, _RECORD))
 
 
 def _work_off(plan: Plan, waiting: list[Run], jobs: int, num_gpus: int, bar: tqdm) -> list[Run]:
@@ -135,7 +137,7 @@ class _Job:
         self.plan, self.run, self.start = plan, run, time.time()
         self.log = os.path.join(run.folder, "console.log")
         os.makedirs(run.folder, exist_ok=True)
-        self.before = _read_record(run).get("seconds", 0.0)
+        self.before = read_record(run).get("seconds", 0.0)
         _write_record(plan, run, False, self.before)
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
@@ -144,7 +146,8 @@ class _Job:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=_environment(slot, jobs, num_gpus),
-                preexec_fn=_die_with_parent,
+                # When the sweep is killed, so is its run: the next sweep starts it again.
+                preexec_fn=partial(_prctl_pr_set_pdeathsig, signal.SIGKILL),
             )
 
     def close(self) -> bool:
@@ -176,12 +179,6 @@ def _environment(slot: int, jobs: int, num_gpus: int) -> dict[str, str]:
         return {**environment, "CUDA_VISIBLE_DEVICES": ",".join(mine)}
     threads = max(1, (os.cpu_count() or 1) // (jobs * num_gpus))
     return {"OMP_NUM_THREADS": str(threads), **environment}
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when the sweep dies: its run would be started twice."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 @contextmanager

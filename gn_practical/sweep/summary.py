@@ -16,7 +16,7 @@ from tabulate import tabulate
 from gn_practical.evaluation.curves import read_metrics
 from gn_practical.evaluation.results import write_results
 from gn_practical.sweep.plan import Plan, Run
-from gn_practical.sweep.runner import is_finished
+from gn_practical.sweep.runner import is_finished, read_record
 
 _LAST = 0.05  # share of the schedule over which the training loss is averaged
 
@@ -68,7 +68,7 @@ def summarize(plan: Plan) -> list[Row]:
     values = {
         metric: {_key(run): _value(run, metric) for run in finished} for metric in plan.metrics
     }
-    seconds = {_key(run): _seconds(run) for run in finished}
+    seconds = {_key(run): read_record(run)["seconds"] for run in finished}
     return [
         Row(
             setting,
@@ -148,10 +148,6 @@ def _leaves(node: dict[str, Any], prefix: str = "") -> list[str]:
     for key, value in node.items():
         names += _leaves(value, f"{prefix}{key}/") if isinstance(value, dict) else [prefix + key]
     return names
-
-
-def _seconds(run: Run) -> float:
-    return json.loads(Path(run.folder, "run.json").read_text(encoding="utf-8"))["seconds"]
 
 
 def _cell(plan: Plan, setting: dict[str, str], values: dict[Any, float]) -> Cell:

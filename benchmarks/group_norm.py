@@ -11,7 +11,6 @@ beside the table.
 """
 
 import argparse
-import json
 import math
 import platform
 import statistics
@@ -26,6 +25,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from tabulate import tabulate
 from torch import Tensor
 
+from gn_practical.evaluation.results import write_results
 from gn_practical.layers.fused_group_norm import backend, fused_group_norm
 
 mpl.use("Agg")
@@ -237,8 +237,7 @@ def main() -> None:
     print(tabulate(summary(results), headers=("ratio", "least", "median", "most"), floatfmt=".2f"))
     if device == "cuda":
         print(f"Kernels compiled after warm-up, over six image sizes: {compilations()}.")
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "group_norm.json").write_text(json.dumps(results, indent=1))
+    write_results(results, str(args.output / "group_norm.json"))
     draw(results, args.output / "group_norm.png")
     print(f"Wrote {args.output / 'group_norm.json'} and {args.output / 'group_norm.png'}.")
 

@@ -8,7 +8,6 @@ autocast in float32 on CUDA and in bfloat16 on the CPU; "PyTorch as on CUDA" cas
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from train_step import CONFIGS, batch, config
 
 from gn_practical import PracticalGroupNorm, bind_group_norms, build_model
+from gn_practical.evaluation.results import write_results
 from gn_practical.layers.recomputation import recompute_outputs
 from gn_practical.modeling.fusion import fuse_norms
 
@@ -128,9 +128,8 @@ def main() -> None:
             counted = measure(name, tuple(args.size), args.images, amp)
             print(tabulate(rows(counted), headers=headers, floatfmt=".3f"), flush=True)
             results += counted
-    args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "memory.json"
-    path.write_text(json.dumps(results, indent=1))
+    write_results(results, str(path))
     print(f"Wrote {path}.")
 
 

@@ -8,7 +8,6 @@ and ours take turns in one process; the picture shows medians.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from tabulate import tabulate
 from torch import nn
 
 from gn_practical import PracticalGroupNorm, bind_group_norms
+from gn_practical.evaluation.results import write_results
 from gn_practical.layers.fused_group_norm import backend, fused_group_norm
 from gn_practical.modeling.fusion import fuse_norms
 
@@ -142,8 +142,7 @@ def main() -> None:
     results = measure(device, args.repeats)
     headers = ("against", "value", "which", "PyTorch ms", "ours ms", "spread ms", "ratio")
     print(tabulate(rows(results), headers=headers, floatfmt=".2f"))
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "scaling.json").write_text(json.dumps(results, indent=1))
+    write_results(results, str(args.output / "scaling.json"))
     draw(results, args.output / "scaling.png")
     print(f"Wrote {args.output / 'scaling.json'} and {args.output / 'scaling.png'}.")
 

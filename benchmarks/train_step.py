@@ -9,7 +9,6 @@ times, do not compare.
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from torch import nn
 
 from gn_practical import add_pgn_config, build_model
 from gn_practical.engine import load_cfg
+from gn_practical.evaluation.results import write_results
 
 # Configs of this project, and of the zoo for the same model.
 CONFIGS = {
@@ -174,9 +174,8 @@ def main() -> None:
         measured = measure(name, args.variants, device, args.repeats, size, args.amp)
         print(tabulate(rows(measured), headers=headers, floatfmt=".2f"), flush=True)
         results += measured
-    args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "train_step.json"
-    path.write_text(json.dumps(results, indent=1))
+    write_results(results, str(path))
     print(f"Wrote {path}.")
 
 

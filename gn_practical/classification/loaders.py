@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from gn_practical.classification.classifier import Batch
 from gn_practical.classification.datasets import LabelledImages, open_dataset
+from gn_practical.data.loader import follow_rank
 from gn_practical.data.seeding import run_seed, seeded
 
 AUGMENTATIONS = ("none", "crop_flip", "resized_crop")
@@ -140,6 +141,7 @@ class FileTrainLoader(TrainBatches):
             batch_sampler=self._samples(),
             num_workers=self.num_workers,
             collate_fn=_collate,
+            worker_init_fn=follow_rank,
             generator=torch.Generator(),  # in place of the one that the model draws from
         )
         for batch in loader:

@@ -99,7 +99,7 @@ class TrainLoader:
             batch_sampler=self.stream.copy(),
             collate_fn=_as_list,
             num_workers=self.num_workers,
-            worker_init_fn=_follow_rank,
+            worker_init_fn=follow_rank,
             generator=torch.Generator(),  # in place of the one that the model draws from
         )
         # The copy runs ahead as far as is prefetched; the stream itself counts what is yielded.
@@ -185,7 +185,7 @@ def _as_list(samples: list[Any]) -> list[Any]:
     return samples
 
 
-def _follow_rank(worker: int) -> None:
+def follow_rank(worker: int) -> None:
     """Let a worker end when its rank does, or asks for it, and not by a signal to the whole job."""
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

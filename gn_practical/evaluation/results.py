@@ -48,11 +48,12 @@ def results_table(results: dict[str, Any]) -> str:
     return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
 
 
-def write_results(results: dict[str, Any], path: str) -> None:
+def write_results(results: dict[str, Any] | list[Any], path: str) -> None:
     """Write results as strict JSON, all at once: a reader never sees half a file.
 
     Args:
-        results: as for :func:`results_table`; NaN and infinity become null.
+        results: as for :func:`results_table`, or any of dicts and lists; NaN and infinity become
+            null.
         path: the file; its folder is made.
 
     Example:

@@ -7,6 +7,8 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 
+from gn_practical.config.overrides import override_pairs
+
 # Read before the recording starts, or by the evaluation, which comes later.
 _READ_ELSEWHERE = ("SEED", "CUDNN_BENCHMARK", "OUTPUT_DIR", "VERSION", "DATASETS.", "TEST.")
 
@@ -88,7 +90,7 @@ class NameUnreadKeys(HookBase):
         """Warn, once."""
         if self.trainer.iter != self.trainer.start_iter:
             return
-        values = dict(zip(self.opts[::2], self.opts[1::2], strict=False))
+        values = override_pairs(self.opts)
         unread = unread_keys(self.cfg, list(values))
         if unread:
             logging.getLogger(__name__).warning(

@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from gn_practical.config import add_pgn_config
+from gn_practical.config.overrides import override_pairs
 from gn_practical.config.safe_yaml import ConfigFileError, SafeCfgNode
 from gn_practical.data import register_datasets
 
@@ -114,11 +115,7 @@ def _merge(config_file: str, opts: Sequence[str], trusted: bool) -> CfgNode:
     add_pgn_config(cfg)
     cfg = SafeCfgNode(cfg)
     known = list(_keys(cfg))
-    if len(opts) % 2:
-        raise ValueError(
-            f"overrides must be pairs of KEY VALUE, got {len(opts)} words ending in {opts[-1]!r}. "
-            "Quote values that hold spaces."
-        )
+    override_pairs(opts)  # refuses what is no pairs
     if config_file.endswith(".py"):
         raise ConfigFileError(
             f"a config must be a YAML file, got {config_file}. Python configs are code and are not "

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from gn_practical.config.overrides import override_pairs
+
 TOOLS = ("train_net", "train_classifier")
 _REQUIRED = ("tool", "config", "axes", "seeds", "metrics")
 _OPTIONAL = ("overrides", "baseline", "pictures")
@@ -80,12 +82,7 @@ def read_plan(path: str, output: str, opts: Sequence[str] = (), seeds: Sequence[
     content = _load(path)
     axes = {name: _values(path, name, axis) for name, axis in content["axes"].items()}
     labels = {name: list(axis) for name, axis in axes.items()}
-    if len(opts) % 2:
-        raise ValueError(
-            f"overrides must be pairs of KEY VALUE, got {len(opts)} words ending in {opts[-1]!r}. "
-            "Quote values that hold spaces."
-        )
-    common = {**content.get("overrides", {}), **dict(zip(opts[::2], opts[1::2], strict=True))}
+    common = {**content.get("overrides", {}), **override_pairs(opts)}
     seeds = list(seeds) or content["seeds"]
     runs = [
         _run(dict(zip(axes, choice, strict=True)), axes, common, seed, output)

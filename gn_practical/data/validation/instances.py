@@ -1,6 +1,6 @@
 """Faults of a json of instances."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,14 +40,10 @@ class InstancesTarget(NamedTuple):
         Raises:
             DatasetError: if the json is missing or no json.
         """
-        content = read_json(self.json)
-        problem = unusable(content)
-        if problem:
-            yield Fault("json unusable", self.json, detail=problem)
+        opened = yield from check_lists(self.json, self.image_root, pool, decoded)
+        if not opened:
             return
-        yield from check_categories(content["categories"], self.json)
-        images = Images(self.json, content["images"], self.image_root, decoded)
-        yield from images.check(pool)
+        content, images = opened
         yield from self._check_annotations(content, images, pool)
 
     def _check_annotations(
@@ -122,7 +118,32 @@ def _name(path: str) -> str:
 # Both kinds of json -----------------------------------------------------------------------------
 
 
-def unusable(content: Mapping[str, Any]) -> str:
+def check_lists(
+    path: str, image_root: str | None, pool: Pool, decoded: dict[str, Decoded]
+) -> Generator[Fault, None, tuple[dict[str, Any], Images] | None]:
+    """Yield the faults of a json's categories and images; return its content and its images.
+
+    Args:
+        path: the json.
+        image_root: folder of the files; None to take the json's word for them.
+        pool: the workers.
+        decoded: what is known of image files already, by path; filled here.
+
+    Raises:
+        DatasetError: if the json is missing or no json.
+    """
+    content = read_json(path)
+    problem = _unusable(content)
+    if problem:
+        yield Fault("json unusable", path, detail=problem)
+        return None
+    yield from _check_categories(content["categories"], path)
+    images = Images(path, content["images"], image_root, decoded)
+    yield from images.check(pool)
+    return content, images
+
+
+def _unusable(content: Mapping[str, Any]) -> str:
     """Say what a json lacks of its three lists; nothing if they are there."""
     missing = [
         key
@@ -134,7 +155,7 @@ def unusable(content: Mapping[str, Any]) -> str:
     return "" if content["images"] else "it lists no image"
 
 
-def check_categories(categories: Sequence[Any], path: str) -> Iterator[Fault]:
+def _check_categories(categories: Sequence[Any], path: str) -> Iterator[Fault]:
     """Yield what is wrong with the categories of a json."""
     sound = []
     for index, category in enumerate(categories):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gn_practical.data.coco_format import VOID, read_json, rgb_to_id
+from gn_practical.data.coco_format import VOID, rgb_to_id
 from gn_practical.data.entries import (
     PANOPTIC_KEYS,
     SEGMENT_KEYS,
@@ -19,7 +19,7 @@ from gn_practical.data.validation.annotations import Size
 from gn_practical.data.validation.files import Decoded, read_pixels
 from gn_practical.data.validation.findings import Fault
 from gn_practical.data.validation.images import Images, describe_size, is_id
-from gn_practical.data.validation.instances import check_categories, unusable
+from gn_practical.data.validation.instances import check_lists
 from gn_practical.data.validation.pool import Pool
 
 TOLERANCE = 1  # pixels of a segment's area and of each side of its box
@@ -52,14 +52,10 @@ class PanopticTarget(NamedTuple):
 
     def check(self, pool: Pool, decoded: dict[str, Decoded]) -> Iterator[Fault]:
         """Yield all faults; see `InstancesTarget.check`."""
-        content = read_json(self.json)
-        problem = unusable(content)
-        if problem:
-            yield Fault("json unusable", self.json, detail=problem)
+        opened = yield from check_lists(self.json, self.image_root, pool, decoded)
+        if not opened:
             return
-        yield from check_categories(content["categories"], self.json)
-        images = Images(self.json, content["images"], self.image_root, decoded)
-        yield from images.check(pool)
+        content, images = opened
         known = self.known_ids or frozenset(
             c["id"] for c in content["categories"] if not lacking_keys(c, {"id"}) and is_id(c["id"])
         )

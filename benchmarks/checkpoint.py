@@ -15,6 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
+from detectron2.solver import build_optimizer
 from torch import nn
 
 from gn_practical import build_model
@@ -41,14 +43,25 @@ def main() -> None:
     logging.disable(logging.WARNING)
     cfg = load_cfg(args.config_file, ["MODEL.DEVICE", "auto"])
     model = build_model(cfg)
+    optimizer = stepped_optimizer(cfg, model)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         print(f"{cfg.MODEL.DEVICE}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
-        measure_files({"model": model.state_dict(), "iteration": 1}, folder, args.repeat)
-        measure_waiting(model, folder, args.repeat, args.operator_size)
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        measure_files(state, folder, args.repeat)
+        measure_waiting(model, optimizer, folder, args.repeat, args.operator_size)
 
 
 class RawText(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help with line breaks and defaults."""
+
+
+def stepped_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the config's optimizer with a state, as after a first step."""
+    optimizer = build_optimizer(cfg, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return optimizer
 
 
 def measure_files(state: Any, folder: str, repeat: int) -> None:
@@ -83,13 +96,20 @@ def time_of(action: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def measure_waiting(model: nn.Module, folder: str, repeat: int, operator_size: int) -> None:
+def measure_waiting(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    folder: str,
+    repeat: int,
+    operator_size: int,
+) -> None:
     """Time ``save`` and what steps beside the write lose to the interpreter's lock.
 
     Seconds in which a thread could run but had no core are left out of all (Linux): so the load
     of the machine counts little.
     """
-    checkpointer = GroupsCheckpointer(model, folder)
+    checkpointer = GroupsCheckpointer(model, folder, optimizer=optimizer)
+    checkpointer.copy_beside(optimizer)
     checkpointer.save("model_0000001", iteration=1)
     checkpointer.wait()
     writer = next(each for each in threading.enumerate() if each.name.startswith("checkpoint"))
@@ -102,7 +122,7 @@ def measure_waiting(model: nn.Module, folder: str, repeat: int, operator_size: i
         writing = time.perf_counter() - writing - (times_of(writer)[1] - before[1])
         shares.append((saving + locked) / writing)
         print(
-            f"save {number + 1}: the step waits {saving * 1e3:.0f} ms for the copy and "
+            f"save {number + 1}: the step waits {saving * 1e3:.0f} ms in it and "
             f"{locked * 1e3:.0f} ms for the lock, of {writing:.2f} s of writing: {shares[-1]:.1%}"
         )
     print(f"median {statistics.median(shares):.1%}")

@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there, found again, thinned out, and written beside the training."""
 
+import copy
 import logging
 import os
 import random
@@ -14,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.engine.train_loop import TrainerBase
+from detectron2.solver import build_optimizer
 from torch import nn
 
 from gn_practical.checkpoint import GroupsCheckpointer, files
@@ -362,6 +365,65 @@ def test_the_step_does_not_wait_for_the_write(tmp_path, monkeypatch):
     assert (tmp_path / "last_checkpoint").read_text() == name_of(9)
 
 
+def stepped_optimizer(model):
+    """Detectron2's, which clips gradients in a class of its own, after a first step."""
+    cfg = get_cfg()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    optimizer = build_optimizer(cfg, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def test_the_optimizer_s_step_waits_for_the_copy_and_nothing_else_does(tmp_path, monkeypatch):
+    may_copy = threading.Event()
+    complete = Snapshot.complete
+
+    def wait_and_complete(self):
+        assert may_copy.wait(30)
+        complete(self)
+
+    monkeypatch.setattr(Snapshot, "complete", wait_and_complete)
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    optimizer = stepped_optimizer(model)
+    checkpointer = GroupsCheckpointer(model, str(tmp_path), optimizer=optimizer)
+    checkpointer.copy_beside(optimizer)
+    before = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    save(checkpointer, 9)
+    model(torch.ones(4, 2)).sum().backward()  # changes the running statistics
+    optimizer.param_groups[0]["lr"] = 7.0
+    stepping = threading.Thread(target=optimizer.step)
+    stepping.start()
+    stepping.join(0.2)
+    assert stepping.is_alive()
+    assert torch.equal(model[0].weight, before["model"]["0.weight"])
+    may_copy.set()
+    stepping.join()
+    assert not torch.equal(model[0].weight, before["model"]["0.weight"])
+    checkpointer.wait()
+    saved = torch.load(tmp_path / name_of(9), weights_only=True)
+    for key, value in before["model"].items():
+        assert torch.equal(saved["model"][key], value), key
+    assert saved["optimizer"]["param_groups"] == before["optimizer"]["param_groups"]
+    for number, state in before["optimizer"]["state"].items():
+        assert torch.equal(
+            saved["optimizer"]["state"][number]["momentum_buffer"], state["momentum_buffer"]
+        )
+
+
+def test_weights_that_are_not_finite_stop_the_next_step(tmp_path):
+    model = nn.Linear(2, 2)
+    optimizer = stepped_optimizer(model)
+    checkpointer = GroupsCheckpointer(model, str(tmp_path))
+    checkpointer.copy_beside(optimizer)
+    nn.init.constant_(model.bias, torch.inf)
+    save(checkpointer, 9)
+    with pytest.raises(FloatingPointError, match=r"weights must be finite .* bias"):
+        optimizer.step()
+    assert files.newest_whole(str(tmp_path)) == ("", {})
+
+
 def test_a_snapshot_is_the_same_and_shares_no_memory():
     base = torch.randn(4, 3)
     momentum = torch.randn(2, 5, 6).to(torch.bfloat16).transpose(0, 2)
@@ -494,5 +556,6 @@ def test_weights_that_are_not_finite_take_no_checkpoint_s_place(tmp_path):
         model.weight[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match=r"weights must be finite .* weight"):
         save(checkpointer, 19)
-    checkpointer.wait()
+    with pytest.raises(FloatingPointError, match="weights must be finite"):
+        checkpointer.wait()
     assert files.newest_whole(str(tmp_path))[0].endswith(name_of(9))

@@ -540,6 +540,7 @@ class Interrupted(RecordsTarget):
         signal.pause()
         yield
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 first = pickle.load(open(sys.argv[1], "rb"))
 report = validate([first, Interrupted("slow"), first], workers=1)
 report.save(sys.argv[2])
@@ -552,7 +553,7 @@ def test_ctrl_c_leaves_a_partial_report(scenes, tmp_path):
     (tmp_path / "first.pkl").write_bytes(pickle.dumps(first))
     command = [sys.executable, "-c", INTERRUPTED, tmp_path / "first.pkl", tmp_path / "r.json"]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(command, start_new_session=True, env=environment)
+    done = subprocess.run(command, start_new_session=True, env=environment, timeout=300)
     assert done.returncode == 130
     content = json.loads((tmp_path / "r.json").read_text())
     assert content["complete"] is False

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import Tensor, nn
@@ -69,14 +70,29 @@ class GroupsCheckpointer(DetectionCheckpointer):
         self._keep_last = keep_last
         self._snapshot = Snapshot()
         self._writer: ThreadPoolExecutor | None = None
+        self._copying: Future[None] | None = None
         self._writing: Future[None] | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
         self._unwritten: tuple[Any, str] = (None, "")
         self._resumed_from = ""
+
+    def copy_beside(self, optimizer: torch.optim.Optimizer) -> None:
+        """Copy the weights and the optimizer's state beside the step that follows a save.
+
+        ``save`` returns before they are copied, and the optimizer's next step waits for the copy.
+        Anything else of the state may change at once, as without this.
+
+        Args:
+            optimizer: whose steps alone change its parameters and its state.
+        """
+        self._optimizer = optimizer
+        optimizer.register_step_pre_hook(lambda *_: self._wait_for_copy())
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Save as Detectron2 does, with ``num_groups``: {path of the norm: groups}.
 
-        Returns when the state is copied; a save before that is still being written is waited for.
+        Returns when the state may change (see :meth:`copy_beside`); a save before that is still
+        being written is waited for.
 
         Args:
             name: the file's name without suffix; "model_best" does not become the last checkpoint.
@@ -84,11 +100,11 @@ class GroupsCheckpointer(DetectionCheckpointer):
 
         Raises:
             ValueError: for a name with a folder, or a state that could not be safely read again.
-            FloatingPointError: for weights that are not finite.
+            FloatingPointError: for weights that are not finite; after :meth:`copy_beside` the
+                optimizer's next step raises it, or :meth:`wait`.
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        require_finite_weights(self.model)
         path = files.checkpoint_path(self.save_dir, name)
         if self._writer is None:
             files.remove_leftovers(self.save_dir)
@@ -97,7 +113,10 @@ class GroupsCheckpointer(DetectionCheckpointer):
             self._writing.exception()  # waits; it has been logged
         state = {"model": self.model.state_dict(), "num_groups": self._num_groups(), **kwargs}
         state.update((key, each.state_dict()) for key, each in self.checkpointables.items())
-        self._unwritten = (self._snapshot.take(state), path)
+        self._unwritten = (self._snapshot.take(state, self._changed_by_steps()), path)
+        self._copying = self._writer.submit(self._copy)
+        if self._optimizer is None:
+            self._wait_for_copy()
         self._writing = self._writer.submit(self._write)
 
     def wait(self) -> None:
@@ -108,7 +127,9 @@ class GroupsCheckpointer(DetectionCheckpointer):
 
         Raises:
             ValueError: if the last save could not be written.
+            FloatingPointError: for weights that are not finite.
         """
+        self._wait_for_copy()
         if self._writing is None or self._writing.exception() is None:
             return
         self._writing = self._writer.submit(self._write)
@@ -181,13 +202,29 @@ class GroupsCheckpointer(DetectionCheckpointer):
             raise ValueError(error)
         return found
 
+    def _changed_by_steps(self) -> list[Tensor]:
+        if self._optimizer is None:
+            return []
+        parameters = (each for group in self._optimizer.param_groups for each in group["params"])
+        states = (each for state in self._optimizer.state.values() for each in state.values())
+        return [each for each in (*parameters, *states) if isinstance(each, Tensor)]
+
+    def _copy(self) -> None:
+        """Complete the snapshot and look at its weights; runs in the background."""
+        self._snapshot.complete()
+        require_finite_weights(self._unwritten[0]["model"])
+
+    def _wait_for_copy(self) -> None:
+        if self._copying is not None:
+            self._copying.result()
+
     def _write(self) -> None:
         """Write the snapshot, make it the last, and remove the oldest; runs in the background."""
         start = time.perf_counter()
         state, path = self._unwritten
         name = os.path.basename(path)
         try:
-            self._snapshot.wait()
+            self._wait_for_copy()
             files.write_checkpoint(state, path)
             if name != f"{BEST}.pth":
                 files.write_last(self.save_dir, name)

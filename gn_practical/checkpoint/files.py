@@ -14,7 +14,7 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from io import BufferedIOBase, BufferedRandom
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,8 @@ def checkpoint_path(folder: str, name: str) -> str:
 
 
 @contextmanager
-def replacing(path: str) -> Iterator[BufferedRandom]:
-    """Open a file that takes the place of ``path`` whole at the end of the block, or never.
+def replacing(path: str) -> Iterator[str]:
+    """Name a file to write, which replaces ``path`` whole at the end of the block, or never.
 
     What is there before stays readable until then, and for good where the block raises. At the
     end the new content is on the disk: file and folder are synced.
@@ -72,16 +72,15 @@ def replacing(path: str) -> Iterator[BufferedRandom]:
     Example:
         >>> import tempfile
         >>> path = os.path.join(tempfile.mkdtemp(), "a")
-        >>> with replacing(path) as file:
-        ...     _ = file.write(b"whole")
+        >>> with replacing(path) as temporary:
+        ...     _ = Path(temporary).write_text("whole")
         >>> Path(path).read_text()
         'whole'
     """
     temporary = f"{path}.tmp"
     try:
-        with open(temporary, "w+b") as file:
-            yield file
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
@@ -102,15 +101,18 @@ def write_checkpoint(state: Any, path: str) -> None:
         OSError, RuntimeError: if the disk is full or gone; ``path`` is then as it was, and no rest
             remains.
     """
-    with replacing(path) as file:
+    with replacing(path) as temporary:
         # By name, not as a Python file: its many small writes would each take the interpreter's
-        # lock from the training.
+        # lock from the training. And of no file that is there: PyTorch keeps the lock while it
+        # closes the file, and if it had to empty it first, ext4 begins to write all of it then.
+        with suppress(FileNotFoundError):
+            os.remove(temporary)
         try:
-            torch.save(state, file.name)
+            torch.save(state, temporary)
         except RuntimeError:
-            _raise_if_full(file)
+            _raise_if_full(temporary)
             raise
-        _seal(file)
+        _seal(temporary)
 
 
 def write_last(folder: str, file_name: str) -> None:
@@ -120,8 +122,8 @@ def write_last(folder: str, file_name: str) -> None:
         folder: ``OUTPUT_DIR``.
         file_name: name of the checkpoint with its suffix.
     """
-    with replacing(os.path.join(folder, LAST)) as file:
-        file.write(file_name.encode())
+    with replacing(os.path.join(folder, LAST)) as temporary:
+        Path(temporary).write_text(file_name, encoding="utf-8")
 
 
 def check_whole(path: str) -> None:
@@ -212,22 +214,22 @@ def remove_leftovers(folder: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def _raise_if_full(file: BufferedIOBase) -> None:
+def _raise_if_full(path: str) -> None:
     """Raise what the system says to one more write, for PyTorch keeps it to itself."""
-    file.seek(0, os.SEEK_END)
-    file.write(bytes(1 << 20))
-    file.flush()
+    with open(path, "ab") as file:
+        file.write(bytes(1 << 20))
 
 
-def _seal(file: BufferedIOBase) -> None:
-    """Write the checksum of an open zip without a comment into its comment."""
-    file.seek(-_DIRECTORY_END_SIZE, os.SEEK_END)
-    if not _ends_without_comment(file.read()):
-        raise OSError("torch.save did not write the end of the file")
-    size = file.tell() - 2
-    checksum = _sha256(file, size)
-    file.seek(size)
-    file.write(_SEAL_START + checksum)
+def _seal(path: str) -> None:
+    """Write the checksum of a zip without a comment into its comment."""
+    with open(path, "r+b") as file:
+        file.seek(-_DIRECTORY_END_SIZE, os.SEEK_END)
+        if not _ends_without_comment(file.read()):
+            raise OSError("torch.save did not write the end of the file")
+        size = file.tell() - 2
+        checksum = _sha256(file, size)
+        file.seek(size)
+        file.write(_SEAL_START + checksum)
 
 
 def _ends_without_comment(data: bytes) -> bool:

@@ -1,10 +1,10 @@
 """Weights beyond repair must not take the place of good ones."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import isfinite
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 
@@ -26,19 +26,19 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return any(isfinite(norm.item()) for norm in norms)
 
 
-def require_finite_weights(model: nn.Module) -> None:
+def require_finite_weights(weights: Mapping[str, Tensor]) -> None:
     """Raise if a weight or statistic is not finite: before it takes the name of a checkpoint.
 
     Args:
-        model: about to be saved.
+        weights: the state dict of a model, about to be saved.
 
     Raises:
         FloatingPointError: with the first names.
     """
-    state = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
-    if all_finite(state.values()):
+    weights = {name: value for name, value in weights.items() if value.is_floating_point()}
+    if all_finite(weights.values()):
         return
-    bad = [name for name, value in state.items() if not value.isfinite().all()]
+    bad = [name for name, value in weights.items() if not value.isfinite().all()]
     raise FloatingPointError(
         f"weights must be finite to be saved, got {len(bad)} tensors that are not: "
         f"{', '.join(bad[:3])}. The checkpoints before are kept; lower SOLVER.BASE_LR or add "

@@ -2,7 +2,8 @@
 
 import copy
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -24,64 +25,84 @@ class Snapshot:
 
     Tensors come to the CPU; those that share memory share it in the copy too. The memory, one copy
     of the state, is kept for the next one: fresh memory would cost a step several times the
-    copying. From a GPU the copy runs through pinned memory, in order with the steps before and
-    after, and :meth:`take` does not wait for it.
+    copying. From a GPU the copy runs through pinned memory, in order with the steps before.
 
     Example:
-        >>> weight = torch.zeros(2)
-        >>> copied = Snapshot().take({"weight": weight, "iteration": 3})
+        >>> weight, step = torch.zeros(2), torch.tensor(3)
+        >>> snapshot = Snapshot()
+        >>> copied = snapshot.take({"weight": weight, "step": step}, later=[weight])
+        >>> _ = step.add_(1)
+        >>> snapshot.complete()
         >>> _ = weight.fill_(1)
         >>> copied
-        {'weight': tensor([0., 0.]), 'iteration': 3}
+        {'weight': tensor([0., 0.]), 'step': tensor(3)}
     """
 
     def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
         self._copies: dict[_Key, UntypedStorage] = {}
-        self._copied: list[torch.cuda.Event] = []
+        self._left: list[UntypedStorage] = []
+        self._streams: list[torch.cuda.Stream] = []
 
-    def take(self, state: Any) -> Any:
+    def take(self, state: Any, later: Iterable[Tensor] = ()) -> Any:
         """Copy a state; the copy before is overwritten.
 
         Args:
             state: tensors and plain containers.
+            later: tensors of it that :meth:`complete` copies: until then they must stay as they
+                are. All others may change at once.
 
         Returns:
-            The copy, complete after :meth:`wait`.
+            The copy, to be read after :meth:`complete`.
 
         Raises:
             ValueError: if it holds anything that a checkpoint could not be safely read with.
         """
         storages = {_key(each): each for each in _storages(state)}
-        self._copies = self._copy_storages(storages)
+        self._make_room(storages)
+        copied = self._rebuild(state, "")
+        left = {_key(each) for each in _storages(list(later))}
+        self._left = [each for key, each in storages.items() if key in left]
+        self._copy(each for key, each in storages.items() if key not in left)
         devices = {each.device for each in storages.values() if each.is_cuda}
-        self._copied = [torch.cuda.current_stream(each).record_event() for each in devices]
-        return self._rebuild(state, "")
+        self._streams = [torch.cuda.Stream(each) for each in devices]
+        for stream in self._streams:
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
+        return copied
 
-    def wait(self) -> None:
-        """Wait until the copy from the GPU is there; in any thread."""
-        for event in self._copied:
-            event.synchronize()
+    def complete(self) -> None:
+        """Copy what was left, and wait until all of it has come from the GPU; in any thread."""
+        with ExitStack() as streams:
+            for stream in self._streams:
+                streams.enter_context(torch.cuda.stream(stream))
+            self._copy(self._left)
+        for stream in self._streams:
+            stream.synchronize()
+        self._left, self._streams = [], []
 
-    def _copy_storages(self, storages: dict[_Key, UntypedStorage]) -> dict[_Key, UntypedStorage]:
+    def _make_room(self, storages: dict[_Key, UntypedStorage]) -> None:
         sizes = [-(-each.nbytes() // _ALIGNMENT) * _ALIGNMENT for each in storages.values()]
         starts = np.cumsum([0, *sizes])
         if starts[-1] > self._memory.nbytes:
             pinned = any(each.is_cuda for each in storages.values())
             self._memory = _allocate(int(starts[-1]), pinned)
-        copies = {}
-        for start, (key, storage) in zip(starts, storages.items(), strict=False):
-            part = self._memory[start : start + storage.nbytes()]
-            source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-            copied = torch.from_numpy(part)
+        self._copies = {
+            key: torch.from_numpy(self._memory[start : start + each.nbytes()]).untyped_storage()
+            for start, (key, each) in zip(starts, storages.items(), strict=False)
+        }
+
+    def _copy(self, storages: Iterable[UntypedStorage]) -> None:
+        for storage in storages:
+            source, copied = (
+                torch.empty(0, dtype=torch.uint8, device=each.device).set_(each)
+                for each in (storage, self._copies[_key(storage)])
+            )
             if storage.device.type == "cpu":
                 # One thread of NumPy's saturates the memory; PyTorch's would wait for one another
                 # where data workers hold the cores.
-                np.copyto(part, source.numpy())
+                np.copyto(copied.numpy(), source.numpy())
             else:
                 copied.copy_(source, non_blocking=True)
-            copies[key] = copied.untyped_storage()
-        return copies
 
     def _rebuild(self, value: Any, path: str) -> Any:
         if isinstance(value, Tensor):

@@ -90,6 +90,7 @@ class Trainer(DefaultTrainer):
             trainer=weakref.proxy(self),
             training_state=self.state,
         )
+        self.checkpointer.copy_beside(optimizer)
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg

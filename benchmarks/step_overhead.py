@@ -1,11 +1,15 @@
-"""What exact resume, bad steps, signals and safe checkpoints cost a training step.
+r"""What exact resume, bad steps, signals and safe checkpoints cost a training step.
 
 Steps of ``gn_practical.engine.Trainer`` and of Detectron2's ``DefaultTrainer`` take turns in one
 process, with the same model and the same images in the same order. So each step has its partner:
-the difference is the median of theirs.
+the difference is the median of theirs. It drowns in the noise of a CPU; so what is added is timed
+by itself in the same steps too.
 
-Example:
-  OMP_NUM_THREADS=1 python benchmarks/step_overhead.py --config-file configs/quickstart/pfpn.yaml
+Examples:
+  OMP_NUM_THREADS=1 python benchmarks/step_overhead.py
+  OMP_NUM_THREADS=1 python benchmarks/step_overhead.py --config-file configs/pfpn_pgn_all.yaml \
+      DATASETS.TRAIN "('scenes_train_panoptic_separated',)" INPUT.MIN_SIZE_TRAIN "(320,)" \
+      INPUT.MASK_FORMAT bitmask SOLVER.IMS_PER_BATCH 2 SOLVER.REFERENCE_WORLD_SIZE 0
 """
 
 import argparse
@@ -23,7 +27,18 @@ from detectron2.engine.hooks import EvalHook, PeriodicWriter
 from torch import nn
 
 from gn_practical import build_model
-from gn_practical.engine import Trainer, load_cfg
+from gn_practical.engine import Trainer, autocast, load_cfg
+from gn_practical.engine.autocast import AutocastTrainer
+from gn_practical.engine.signals import Agreement
+from gn_practical.engine.training_state import TrainingState
+
+# What is added to a step, and where.
+PARTS = {
+    "seeding": (TrainingState, "begin_step"),
+    "finite gradients": (autocast, "gradients_are_finite"),
+    "counts": (AutocastTrainer, "_write_counts"),
+    "vote on signals": (Agreement, "stop"),
+}
 
 
 def main() -> None:
@@ -42,7 +57,8 @@ def main() -> None:
         cfg = load_cfg(args.config_file, own + args.opts)
         print(f"{cfg.MODEL.DEVICE}, torch {torch.__version__}, {torch.get_num_threads()} threads")
         logging.disable(logging.WARNING)
-        trainers = [make(cfg) for make in (PlainTrainer, Trainer)]
+        parts = {name: time_calls(*place, cfg.MODEL.DEVICE) for name, place in PARTS.items()}
+        trainers = [make(cfg) for make in (PlainTrainer, SeededTrainer)]
         clocks = [StepClock(cfg.MODEL.DEVICE) for _ in trainers]
         for trainer, steps in zip(trainers, clocks, strict=True):
             trainer.register_hooks([steps])
@@ -50,10 +66,24 @@ def main() -> None:
             trainer._hooks = [
                 each for each in trainer._hooks if not isinstance(each, (EvalHook, PeriodicWriter))
             ]
-        for _ in range(args.turns):
-            for trainer in trainers:
+        for turn in range(args.turns):
+            for trainer in trainers if turn % 2 else reversed(trainers):
                 train_for(trainer, args.steps)
-    report(*(each.seconds for each in clocks))
+    report(*(each.seconds for each in clocks), parts)
+
+
+def time_calls(place: Any, name: str, device: str) -> list[float]:
+    """Have all calls of a function timed; returns the list that they will fill."""
+    function, now, seconds = getattr(place, name), clock(device), []
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = now()
+        result = function(*args, **kwargs)
+        seconds.append(now() - start)
+        return result
+
+    setattr(place, name, timed)
+    return seconds
 
 
 class PlainTrainer(DefaultTrainer):
@@ -61,13 +91,24 @@ class PlainTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Build the model that ``Trainer`` builds."""
+        """Build the model that ``Trainer`` builds, with the same weights."""
+        torch.manual_seed(0)
         return build_model(cfg)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
         """Load the images that ``Trainer`` loads."""
         return Trainer.build_train_loader(cfg)
+
+
+class SeededTrainer(Trainer):
+    """This project's."""
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Build its model, with the weights of the other."""
+        torch.manual_seed(0)
+        return super().build_model(cfg)
 
 
 class StepClock(HookBase):
@@ -96,14 +137,15 @@ def train_for(trainer: DefaultTrainer, steps: int) -> None:
     trainer.train()
 
 
-def report(plain: list[float], ours: list[float]) -> None:
-    """Print medians with quartiles of both, and of the differences of partners."""
+def report(plain: list[float], ours: list[float], parts: dict[str, list[float]]) -> None:
+    """Print medians with quartiles of both, of the differences of partners, and of the parts."""
     differences = [b - a for a, b in zip(plain, ours, strict=True)]
-    rows = {"Detectron2's": plain, "gn_practical's": ours, "difference": differences}
+    rows = {"Detectron2's": plain, "gn_practical's": ours, "difference": differences, **parts}
     for name, seconds in rows.items():
         low, median, high = (each * 1e3 for each in statistics.quantiles(seconds, n=4))
-        print(f"{name:15}{median:8.1f} ms a step ({low:.1f} to {high:.1f}, {len(seconds)} steps)")
-    print(f"overhead {statistics.median(differences) / statistics.median(plain):.2%}")
+        print(f"{name:22}{median:9.2f} ms a step ({low:.2f} to {high:.2f}, {len(seconds)} steps)")
+    step, added = statistics.median(plain), sum(map(statistics.median, parts.values()))
+    print(f"overhead {statistics.median(differences) / step:.2%}, by its parts {added / step:.2%}")
 
 
 if __name__ == "__main__":

@@ -215,13 +215,16 @@ def _run_pytorch(
     """The same as :func:`_compose`, in place where that is safe, and without slow cases."""
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return _compose(x, num_groups, weight, bias, eps, residual, relu)
-    if x.device.type != "cpu":  # only the CPU's operator takes parameters of another dtype
+    if not x.is_cpu:  # only the CPU's operator takes parameters of another dtype
         weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
-    if _is_slow_on_cpu(x, num_groups, weight, bias):
+    trains_on_cpu = x.is_cpu and torch.is_grad_enabled()
+    if trains_on_cpu and _is_slow_on_cpu(x, num_groups, weight, bias):
         y = _ManyGroups.apply(x, weight, bias, num_groups, eps)[0]
-    elif _loses_digits(x, num_groups, weight):
+    elif trains_on_cpu and _loses_digits(x, num_groups, weight):
         y, x = _group_norm_about_zero(x, num_groups, weight, bias, eps)
-    else:
+    elif x.dim() > 1 and x.numel() > num_groups:
+        y = torch.group_norm(x, num_groups, weight, bias, eps)
+    else:  # an error, or one that torch.group_norm does not look for
         y = F.group_norm(x, num_groups, weight, bias, eps)
     if residual is not None:
         y.add_(residual)
@@ -241,9 +244,7 @@ def _run_pytorch(
 def _loses_digits(x: Tensor, num_groups: int, weight: Tensor | None) -> bool:
     """Whether PyTorch's dγ = (Σ dy x - mean Σ dy) rstd may cancel for a large mean."""
     return (
-        x.device.type == "cpu"
-        and x.dtype is torch.float32
-        and torch.is_grad_enabled()
+        x.dtype is torch.float32
         and (x.requires_grad or (weight is not None and weight.requires_grad))
         and not torch._C._are_functorch_transforms_active()
         and x.dim() > 1
@@ -432,9 +433,7 @@ def _is_slow_on_cpu(x: Tensor, num_groups: int, weight: Tensor | None, bias: Ten
     there must be few of them for their size.
     """
     return (
-        x.device.type == "cpu"
-        and x.requires_grad
-        and torch.is_grad_enabled()
+        x.requires_grad
         and weight is not None
         and bias is not None
         and weight.dtype == bias.dtype == torch.float32

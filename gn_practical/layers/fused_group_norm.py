@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from gn_practical.layers import recomputation
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 SLAB = 2048  # pixels that the CPU's backward pass adds up in one go
+SMALL = 2**17  # values of an input whose norm takes the CPU some 0.1 ms
 LARGE_MEAN = 16  # in standard deviations: four bits of a float32 sum are lost
 CHECKED_FORMATS = (torch.contiguous_format, torch.channels_last)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on the CPU, slowly
@@ -67,7 +69,7 @@ def fused_group_norm(
     """
     if torch.jit.is_scripting():
         return _compose(x, num_groups, weight, bias, eps, residual, relu)
-    if _kernels_take(x, num_groups, weight, bias, residual):
+    if (x.is_cuda or INTERPRETED) and _kernels_take(x, num_groups, weight, bias, residual):
         weight = x.new_ones(x.shape[1]) if weight is None else weight
         bias = x.new_zeros(x.shape[1]) if bias is None else bias
         return _group_norm(x, weight, bias, residual, num_groups, eps, relu)[0]
@@ -217,15 +219,18 @@ def _run_pytorch(
         return _compose(x, num_groups, weight, bias, eps, residual, relu)
     if not x.is_cpu:  # only the CPU's operator takes parameters of another dtype
         weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
-    trains_on_cpu = x.is_cpu and torch.is_grad_enabled()
-    if trains_on_cpu and _is_slow_on_cpu(x, num_groups, weight, bias):
-        y = _ManyGroups.apply(x, weight, bias, num_groups, eps)[0]
-    elif trains_on_cpu and _loses_digits(x, num_groups, weight):
-        y, x = _group_norm_about_zero(x, num_groups, weight, bias, eps)
-    elif x.dim() > 1 and x.numel() > num_groups:
-        y = torch.group_norm(x, num_groups, weight, bias, eps)
-    else:  # an error, or one that torch.group_norm does not look for
+    ordinary = (
+        x.dim() > 1
+        and num_groups > 0
+        and x.shape[1] % num_groups == 0
+        and x.numel() > x.shape[0] * num_groups > 0
+    )
+    if not ordinary:  # PyTorch's errors stay as they are
         y = F.group_norm(x, num_groups, weight, bias, eps)
+    elif x.is_cpu and torch.is_grad_enabled():
+        y, x = _group_norm_in_training(x, num_groups, weight, bias, eps)
+    else:
+        y = torch.group_norm(x, num_groups, weight, bias, eps)
     if residual is not None:
         y.add_(residual)
     if recomputation.is_active():  # before the ReLU, which stores its output
@@ -238,40 +243,46 @@ def _run_pytorch(
     return F.relu_(y) if relu else y
 
 
-# --- CPU: large means ----------------------------------------------------------------------------
+# --- CPU: training -------------------------------------------------------------------------------
 
 
-def _loses_digits(x: Tensor, num_groups: int, weight: Tensor | None) -> bool:
-    """Whether PyTorch's dγ = (Σ dy x - mean Σ dy) rstd may cancel for a large mean."""
-    return (
-        x.dtype is torch.float32
-        and (x.requires_grad or (weight is not None and weight.requires_grad))
-        and not torch._C._are_functorch_transforms_active()
-        and x.dim() > 1
-        and num_groups > 0
-        and x.shape[1] % num_groups == 0
-        and x.numel() > x.shape[0] * num_groups > 0  # PyTorch's own errors stay as they are
-    )
-
-
-def _group_norm_about_zero(
+def _group_norm_in_training(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return the norm, and the input that it took: ``x``, or ``x`` less its groups' means.
 
-    The norm of both is the same. The second costs a pass, so it is for large means alone, and no
-    memory: it is stored in place of ``x``.
+    The norm of both is the same. PyTorch's dγ = (Σ dy x - mean Σ dy) rstd cancels for a large mean.
+    Subtracting it costs a pass, so it is for large means alone, and no memory: the difference is
+    stored in place of ``x``. Below ``SMALL`` values even looking at the means would cost more than
+    5 %, and few values cancel little.
     """
+    if _is_slow(x, num_groups, weight, bias):
+        return _ManyGroups.apply(x, weight, bias, num_groups, eps)[0], x
+    differentiated = x.requires_grad or (weight is not None and weight.requires_grad)
+    if (
+        x.numel() < SMALL
+        or x.dtype is not torch.float32
+        or not differentiated
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return torch.group_norm(x, num_groups, weight, bias, eps), x
     x = x.contiguous(memory_format=memory_format(x))
-    batch, channels, *rest = x.shape
-    sizes = (batch, channels, math.prod(rest), num_groups)
+    batch, channels = x.shape[:2]
+    sizes = (batch, channels, x.numel() // (batch * channels), num_groups)
     y, mean, rstd = torch.native_group_norm(x, weight, bias, *sizes, eps)
-    mean = mean.detach()
-    if torch.linalg.vector_norm(mean * rstd.detach(), math.inf).item() < LARGE_MEAN:
+    if _largest_mean(mean, rstd) < LARGE_MEAN:
         return y, x
-    mean = mean.repeat_interleave(channels // num_groups, 1)
-    x = x - mean.view(batch, channels, *[1] * len(rest))
+    mean = mean.detach().repeat_interleave(channels // num_groups, 1)
+    x = x - mean.view(batch, channels, *[1] * (x.dim() - 2))
     return torch.native_group_norm(x, weight, bias, *sizes, eps)[0], x
+
+
+def _largest_mean(mean: Tensor, rstd: Tensor) -> float:
+    """Return the largest absolute mean of a group, in its standard deviations."""
+    if mean.numel() <= 16:  # three calls of operators would take three times as long
+        pairs = zip(chain(*mean.tolist()), chain(*rstd.tolist()), strict=True)
+        return max([abs(m * r) for m, r in pairs])
+    return torch.linalg.vector_norm(mean.detach() * rstd.detach(), math.inf).item()
 
 
 # --- CUDA: the custom operator -------------------------------------------------------------------
@@ -426,21 +437,21 @@ def differentiable_grads(
 # --- CPU: channels_last with many groups ---------------------------------------------------------
 
 
-def _is_slow_on_cpu(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None) -> bool:
+def _is_slow(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether PyTorch's backward runs in scalar code: channels_last, groups narrower than a vector.
 
     It then takes 3 to 40 times as long as with few groups. Samples are done one by one here, so
     there must be few of them for their size.
     """
     return (
-        x.requires_grad
+        x.shape[1] // num_groups * x.element_size() < 32
+        and x.numel() >= x.shape[0] * 2**18
+        and memory_format(x) is torch.channels_last
+        and x.requires_grad
         and weight is not None
         and bias is not None
         and weight.dtype == bias.dtype == torch.float32
         and x.dtype in DTYPES
-        and memory_format(x) is torch.channels_last
-        and x.shape[1] // num_groups * x.element_size() < 32
-        and x[0].numel() >= 2**18
     )
 
 

@@ -94,7 +94,9 @@ def measure(case: dict, device: str, repeats: int, compiled: bool) -> dict:
                 y.backward(upstream if y.dtype is upstream.dtype else upstream.to(y.dtype))
 
             with torch.no_grad():
+                function(x, weight, bias)  # what ran before left the cache to neither
                 forward = seconds(lambda f=function: f(x, weight, bias), device)
+            step()
             both = seconds(step, device)
             leaf.grad = None
             if turn > 1:  # after the warm-up

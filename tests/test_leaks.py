@@ -13,10 +13,8 @@ import psutil
 import pytest
 import torch
 from detectron2.engine import HookBase
-from detectron2.utils.events import EventStorage
 
 from gn_practical.engine import Trainer, argument_parser, setup
-from gn_practical.engine.histories import BoundHistories
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("leak", ROOT / "benchmarks/leak.py")
@@ -81,17 +79,6 @@ def test_the_long_form_finds_what_grows(capsys):
     assert "memory grew by 4" in leak.problems(usages(memory=0.8))[0]
     assert "files: " in leak.problems(usages(files=0.1))[0]
     assert leak.problems(usages(workers=2)) == ["2 workers outlived the run"]
-
-
-def test_histories_are_bounded():
-    hook = BoundHistories(length=5)
-    with EventStorage() as storage:
-        hook.before_train()
-        for storage.iter in range(20):
-            storage.put_scalar("loss", storage.iter)
-    assert len(storage.history("loss").values()) == 5
-    assert storage.history("loss").latest() == 19
-    assert storage.history("loss").global_avg() == 9.5
 
 
 EXITS = """

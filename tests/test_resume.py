@@ -25,7 +25,7 @@ from gn_practical.data.loader import SeededDataset, build_train_loader
 from gn_practical.data.sampler import BatchStream
 from gn_practical.data.seeding import seed_all, seeded
 from gn_practical.engine import Trainer, load_cfg
-from gn_practical.engine.training_state import TrainingState, forget_metrics
+from gn_practical.engine.training_state import TrainingState
 
 ROOT = Path(__file__).parent.parent
 MODEL = shlex.split(
@@ -325,17 +325,6 @@ def test_random_numbers_follow_from_their_key():
     assert draw() == before
     with seeded(1, "sample", 6):
         assert draw() != inside
-
-
-def test_metrics_of_steps_to_be_repeated_are_forgotten(tmp_path):
-    path = tmp_path / "metrics.json"
-    forget_metrics(str(path), 3)
-    lines = [json.dumps({"iteration": iteration}) for iteration in (0, 2, 3, 4)]
-    path.write_text("\n".join(lines) + '\n{"iter')
-    forget_metrics(str(path), 9)
-    assert path.read_text() == "\n".join(lines) + "\n"
-    forget_metrics(str(path), 3)
-    assert path.read_text() == "\n".join(lines[:2]) + "\n"
 
 
 def test_short_crash_test_on_two_ranks(tmp_path):

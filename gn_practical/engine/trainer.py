@@ -21,6 +21,7 @@ from detectron2.engine import (
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
 
 from gn_practical.checkpoint import GroupsCheckpointer
@@ -31,10 +32,10 @@ from gn_practical.data.seeding import run_seed
 from gn_practical.engine.autocast import AutocastTrainer
 from gn_practical.engine.bad_steps import BadSteps, CountSkippedSamples
 from gn_practical.engine.checks import check_model
-from gn_practical.engine.histories import BoundHistories
 from gn_practical.engine.isometry_hook import IsometryHook
+from gn_practical.engine.metrics import BoundHistories, SteadyWriter, forget_metrics
 from gn_practical.engine.signals import EXIT_INTERRUPTED, STOP, Agreement, Interrupted
-from gn_practical.engine.training_state import TrainingState, forget_metrics
+from gn_practical.engine.training_state import TrainingState
 from gn_practical.evaluation import build_evaluator, plot_metrics, results_table, write_results
 from gn_practical.modeling import bind_model, build_model
 
@@ -112,6 +113,10 @@ class Trainer(DefaultTrainer):
             if self.cfg.MODEL.PGN.AUDIT_PERIOD:
                 built.insert(0, IsometryHook(self.cfg.MODEL.PGN.AUDIT_PERIOD))
         return [BoundHistories(), *built]
+
+    def build_writers(self) -> list[EventWriter]:
+        """Return Detectron2's writers, which cannot end the training here."""
+        return [SteadyWriter(writer) for writer in super().build_writers()]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the last checkpoint of ``OUTPUT_DIR``, or load ``MODEL.WEIGHTS``."""

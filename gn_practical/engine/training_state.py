@@ -1,8 +1,6 @@
 """What decides the next step besides model, optimizer and schedule: random numbers and data."""
 
-import json
 import logging
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -65,21 +63,3 @@ class TrainingState:
                 "The checkpoint does not say where in the data it was written: their order begins "
                 "anew, and the run will not end as the uninterrupted one."
             )
-
-
-def forget_metrics(path: str, iteration: int) -> None:
-    """Cut off the lines of ``metrics.json`` that the resumed run will write again.
-
-    Args:
-        path: of the file; it may be missing.
-        iteration: the first that will be run.
-    """
-    if not os.path.isfile(path):
-        return
-    kept = 0
-    with open(path, "rb") as file:
-        for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["iteration"] >= iteration:
-                break
-            kept += len(line)
-    os.truncate(path, kept)

@@ -46,6 +46,13 @@ setup(
     ],
     extras_require={
         "fast": ["faster-coco-eval>=1.6"],
-        "dev": ["hypothesis>=6.100", "onnx>=1.16", "psutil>=5.9", "pytest>=8", "ruff>=0.8"],
+        "dev": [
+            "hypothesis>=6.100",
+            "onnx>=1.16",
+            "psutil>=5.9",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.8",
+        ],
     },
 )

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from gn_practical.data import DatasetError, prepare_coco, prepare_stuff, write_instances_json
+from gn_practical.data import prepare as prepare_module
 
 TOOL = Path(__file__).parent.parent / "tools" / "prepare_panoptic_coco.py"
 CATEGORIES = [  # not in the order of their ids, with gaps; as COCO's, stuff among things
@@ -71,17 +72,19 @@ def test_stuff_equals_the_slow_reference(tmp_path):
     assert len(list((tmp_path / "stuff").iterdir())) == 5
 
 
-def test_two_processes_make_what_one_makes(tmp_path):
+def test_two_processes_make_what_none_makes(tmp_path, monkeypatch):
     write_panoptic(tmp_path, count=40)
     source = (tmp_path / "panoptic.json", tmp_path / "panoptic")
-    prepare_stuff(*source, tmp_path / "one", workers=1)
+    prepare_stuff(*source, tmp_path / "one")
+    monkeypatch.setattr(prepare_module, "_WORTH_PROCESSES", 40)
     prepare_stuff(*source, tmp_path / "two", workers=2)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-def test_an_error_in_a_process_arrives_as_it_is(tmp_path):
+def test_an_error_in_a_process_arrives_as_it_is(tmp_path, monkeypatch):
     write_panoptic(tmp_path, count=40)
+    monkeypatch.setattr(prepare_module, "_WORTH_PROCESSES", 40)
     (tmp_path / "panoptic" / "020.png").unlink()
     with pytest.raises(DatasetError, match=r"^\S*020\.png must exist\. Unpack"):
         prepare(tmp_path, workers=2)

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from gn_practical.data import ensure_scenes
+from gn_practical.data.pool import Pool
 from gn_practical.data.validation import (
     REASONS,
     InstancesTarget,
@@ -25,7 +26,6 @@ from gn_practical.data.validation import (
 from gn_practical.data.validation.annotations import Expected, check_instance, rle_counts
 from gn_practical.data.validation.files import decode_file
 from gn_practical.data.validation.panoptic import segment_extents
-from gn_practical.data.validation.pool import Pool
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"

@@ -3,8 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -22,11 +21,14 @@ from gn_practical.data.coco_format import (
     stuff_labels,
 )
 from gn_practical.data.errors import DatasetError
+from gn_practical.data.pool import Pool
 
 _logger = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike
 Result = TypeVar("Result")
+
+_WORTH_PROCESSES = 500  # images; fewer are done before the processes have started
 
 
 class _Task(NamedTuple):
@@ -217,21 +219,10 @@ def _map(
     function: Callable[[_Task], Result], tasks: list[_Task], workers: int | None, title: str
 ) -> list[Result]:
     """Apply a function to all tasks on all cores, with a progress bar; stop at an error."""
-    workers = min(workers or available_cores(), max(len(tasks) // 16, 1))
-    progress = partial(tqdm, total=len(tasks), desc=title, unit="image")
-    if workers == 1:
-        return list(progress(map(function, tasks)))
-    with ProcessPoolExecutor(workers) as pool:
-        results: Iterable[Result] = pool.map(function, tasks, chunksize=16)
-        return list(progress(results))
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))  # what a container or a batch system leaves us
-    except AttributeError:  # not on every system
-        return os.cpu_count() or 1
+    if len(tasks) < _WORTH_PROCESSES:
+        return [function(task) for task in tqdm(tasks, desc=title, unit="image")]
+    with Pool(workers) as pool:
+        return list(pool.map(function, tasks, title))
 
 
 def _read_ids(task: _Task) -> np.ndarray:

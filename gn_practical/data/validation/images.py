@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gn_practical.data.entries import IMAGE_KEYS, lacking_keys, repeated
+from gn_practical.data.pool import Pool
 from gn_practical.data.validation.annotations import Size
 from gn_practical.data.validation.files import Decoded, decode_file
 from gn_practical.data.validation.findings import Fault
-from gn_practical.data.validation.pool import Pool
 
 
 class Images:

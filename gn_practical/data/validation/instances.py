@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 from gn_practical.data.coco_format import read_json
 from gn_practical.data.entries import INSTANCE_KEYS, lacking_keys, repeated
+from gn_practical.data.pool import Pool
 from gn_practical.data.validation.annotations import Expected, Size, check_instance
 from gn_practical.data.validation.files import Decoded
 from gn_practical.data.validation.findings import Fault, Finding
 from gn_practical.data.validation.images import Images, is_id
-from gn_practical.data.validation.pool import Pool
 
 
 class InstancesTarget(NamedTuple):

@@ -15,12 +15,12 @@ from gn_practical.data.entries import (
     repeated,
     unknown_labels,
 )
+from gn_practical.data.pool import Pool
 from gn_practical.data.validation.annotations import Size
 from gn_practical.data.validation.files import Decoded, read_pixels
 from gn_practical.data.validation.findings import Fault
 from gn_practical.data.validation.images import Images, describe_size, is_id
 from gn_practical.data.validation.instances import check_lists
-from gn_practical.data.validation.pool import Pool
 
 TOLERANCE = 1  # pixels of a segment's area and of each side of its box
 _LISTED = 10  # ids of one PNG that the json lacks; more are one fault

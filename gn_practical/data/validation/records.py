@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 from detectron2.data import DatasetCatalog
 
+from gn_practical.data.pool import Pool
 from gn_practical.data.validation.files import Decoded, decode_file
 from gn_practical.data.validation.findings import Fault
 from gn_practical.data.validation.images import describe_size
-from gn_practical.data.validation.pool import Pool
 
 _FILES = {
     "file_name": "image",

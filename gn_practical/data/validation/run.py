@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from gn_practical.data.errors import DatasetError
+from gn_practical.data.pool import Pool
 from gn_practical.data.validation.files import Decoded
 from gn_practical.data.validation.findings import Fault
-from gn_practical.data.validation.pool import Pool
 from gn_practical.data.validation.report import Report
 from gn_practical.data.validation.targets import Target
 

@@ -18,8 +18,6 @@ import cv2
 from PIL import ImageFile
 from tqdm import tqdm
 
-from gn_practical.data.prepare import available_cores
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -110,6 +108,14 @@ class Pool:
             what = f" ({items[start]})" if isinstance(items[start], str) else ""
             where = f" at number {start + 1} of {len(items)}{what} or soon after"
             raise _dead_worker(where) from error
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))  # what a container or a batch system leaves us
+    except AttributeError:  # not on every system
+        return os.cpu_count() or 1
 
 
 def _dead_worker(where: str = "") -> RuntimeError:

@@ -26,7 +26,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from gn_practical.evaluation.results import write_results
-from gn_practical.layers.fused_group_norm import backend, fused_group_norm
+from gn_practical.layers.backends import backend
+from gn_practical.layers.fused_group_norm import fused_group_norm
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

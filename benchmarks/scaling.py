@@ -22,7 +22,8 @@ from torch import nn
 
 from gn_practical import PracticalGroupNorm, bind_group_norms
 from gn_practical.evaluation.results import write_results
-from gn_practical.layers.fused_group_norm import backend, fused_group_norm
+from gn_practical.layers.backends import backend
+from gn_practical.layers.fused_group_norm import fused_group_norm
 from gn_practical.modeling.fusion import fuse_norms
 
 mpl.use("Agg")

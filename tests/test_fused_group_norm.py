@@ -20,7 +20,8 @@ from torch import _inductor as inductor
 from torch import nn
 
 from gn_practical.layers import PracticalGroupNorm, standardize_weight
-from gn_practical.layers.fused_group_norm import backend, fused_group_norm
+from gn_practical.layers.backends import backend
+from gn_practical.layers.fused_group_norm import fused_group_norm
 from gn_practical.layers.recomputation import recomputing
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gn_practical.layers.fused_group_norm import INTERPRETED, memory_format
+from gn_practical.layers.backends import INTERPRETED, memory_format
 
 TILE = 4096  # values a program holds in registers: 32 for each of 128 threads
 ROW_TILES = (4096, 512, 64)  # pixels of a tile of contiguous rows, for long and short ones

@@ -7,7 +7,7 @@ import torch
 from detectron2.layers import Conv2d
 from torch import Tensor
 
-from gn_practical.layers.fused_group_norm import (
+from gn_practical.layers.backends import (
     agrees,
     differentiable_grads,
     kernels_run,

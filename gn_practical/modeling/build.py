@@ -9,7 +9,7 @@ from torch import nn
 
 from gn_practical.activation_gain import gain_ratio
 from gn_practical.layers import PracticalGroupNorm
-from gn_practical.layers.fused_group_norm import backend
+from gn_practical.layers.backends import backend
 from gn_practical.layers.recomputation import recompute_outputs
 from gn_practical.modeling.binding import ALL_CHANNELS, GroupNormBinding, bind_group_norms
 from gn_practical.modeling.conversion import convert_to_ws

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gn_practical.layers.backends import DTYPES, differentiable_grads, memory_format
 
-SLAB = 2048  # pixels that the backward pass of channels_last adds up in one go
+SLAB = 2048  # pixels that a thread of the backward pass of channels_last adds up in one go
 SMALL = 2**17  # values of an input whose norm takes some 0.1 ms
 LARGE_MEAN = 16  # in standard deviations: four bits of a float32 sum are lost
 
@@ -118,8 +118,8 @@ def _sample_backward(
     """Write dx of one sample to ``out`` and return its dγ and dβ, of shape (2, C)."""
     channels, groups = x.shape[1], len(mean)
     mean, rstd = (t.float().repeat_interleave(channels // groups) for t in (mean, rstd))
-    # In slabs, because it adds up one pixel after the other, which is inexact for many.
-    slabs = max(1, SLAB // x.shape[3])
+    # In slabs, because each thread adds up one pixel after the other, inexactly for many.
+    slabs = max(1, SLAB * torch.get_num_threads() // x.shape[3])
     parts = [
         torch.ops.aten.native_batch_norm_backward(
             d, t, weight, mean, rstd.pow(-2), None, None, False, 0.0, [True, True, True]

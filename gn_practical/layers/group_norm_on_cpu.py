@@ -79,8 +79,7 @@ def _is_slow(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | N
 class _ManyGroups(torch.autograd.Function):
     """``F.group_norm`` whose backward pass uses the vectorized one of PyTorch's batch norm.
 
-    In its evaluation mode that gives, of one sample, Σ dy x̂ and Σ dy of each channel and
-    dy weight rstd, from which only the group's two means are missing.
+    In its evaluation mode that gives, of one sample, Σ dy x̂ and Σ dy of each channel.
     """
 
     @staticmethod
@@ -122,17 +121,17 @@ def _sample_backward(
     slabs = max(1, SLAB * torch.get_num_threads() // x.shape[3])
     parts = [
         torch.ops.aten.native_batch_norm_backward(
-            d, t, weight, mean, rstd.pow(-2), None, None, False, 0.0, [True, True, True]
+            d, t, weight, mean, rstd.pow(-2), None, None, False, 0.0, [False, True, True]
         )
         for d, t in zip(dy.split(slabs, 2), x.split(slabs, 2), strict=True)
     ]
     sums = torch.stack([torch.stack(part[1:]) for part in parts]).sum(0)  # Σ dy x̂, Σ dy
     means = (sums * weight).view(2, groups, -1).sum(-1) / (x[0].numel() // groups)
     slope, constant = means.repeat_interleave(channels // groups, 1)
-    # dx -= rstd (constant + x̂ slope), as an affine map of x.
-    factor = (-rstd.square() * slope).to(x.dtype).view(1, -1, 1, 1)
-    shift = (-rstd * (constant - mean * rstd * slope)).to(x.dtype).view(1, -1, 1, 1)
-    pieces = zip(parts, x.split(slabs, 2), out.split(slabs, 2), strict=True)
-    for (dx, *_), piece, out_piece in pieces:
-        torch.addcmul(dx, piece, factor, out=out_piece).add_(shift)
+    # dx = rstd (weight dy - constant - x̂ slope), as an affine map of x and dy.
+    of_x, of_dy = -rstd.square() * slope, weight * rstd
+    shift = -rstd * (constant - mean * rstd * slope)
+    of_x, of_dy, shift = (t.to(x.dtype).view(1, -1, 1, 1) for t in (of_x, of_dy, shift))
+    for d, t, o in zip(*(each.split(slabs, 2) for each in (dy, x, out)), strict=True):
+        torch.addcmul(shift, t, of_x, out=o).addcmul_(d, of_dy)
     return sums

@@ -6,9 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pycocotools.mask as mask_util
 import pytest
 from PIL import Image
@@ -526,6 +528,40 @@ def test_a_worker_that_dies_is_an_error():
         Pool(1, show_progress=False) as pool,
     ):
         list(pool.map(kill_worker, ["a", "b", "c"], "dying"))
+
+
+KILLED = """
+import os, time
+from gn_practical.data.pool import Pool
+
+with Pool(2, show_progress=False) as pool:
+    print(list(pool.map(abs, [-1], "work")), flush=True)
+    time.sleep(600)
+"""
+
+
+def in_session(session):
+    """Processes of a session, zombies left out."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError):
+            if os.getsid(process.pid) == session and process.info["status"] != "zombie":
+                found.append(process)
+    return found
+
+
+def test_workers_end_with_a_process_that_is_killed():
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", KILLED]
+    process = subprocess.Popen(
+        command, start_new_session=True, env=environment, stdout=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"[1]\n"
+    assert len(in_session(process.pid)) > 2  # itself, the fork server, workers
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(in_session(process.pid), timeout=20)
+    assert alive == []
 
 
 # A data set that is interrupted as a terminal does it: all processes of the group are.

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -136,11 +135,13 @@ def _start_worker() -> None:
     warnings.simplefilter("ignore")  # Pillow's; what matters it raises
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     cv2.setNumThreads(1)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """End this process when its parent was killed, which no queue tells it."""
-    while os.getppid() == parent:
-        time.sleep(1)
+def _end_with_parent() -> None:
+    """End this process when the one that made the pool was killed, which no queue tells it.
+
+    Its parent for the system, the fork server, waits for it and so would live on too.
+    """
+    multiprocessing.parent_process().join()
     os._exit(1)

@@ -61,7 +61,7 @@ def checkpoint_path(folder: str, name: str) -> str:
 
 @contextmanager
 def replacing(path: str) -> Iterator[str]:
-    """Name a file to write, which replaces ``path`` whole at the end of the block, or never.
+    """Name a new file to write, which replaces ``path`` whole at the end of the block, or never.
 
     What is there before stays readable until then, and for good where the block raises. At the
     end the new content is on the disk: file and folder are synced.
@@ -78,6 +78,8 @@ def replacing(path: str) -> Iterator[str]:
         'whole'
     """
     temporary = f"{path}.tmp"
+    with suppress(FileNotFoundError):
+        os.remove(temporary)  # what a killed process left
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -103,10 +105,8 @@ def write_checkpoint(state: Any, path: str) -> None:
     """
     with replacing(path) as temporary:
         # By name, not as a Python file: its many small writes would each take the interpreter's
-        # lock from the training. And of no file that is there: PyTorch keeps the lock while it
-        # closes the file, and if it had to empty it first, ext4 begins to write all of it then.
-        with suppress(FileNotFoundError):
-            os.remove(temporary)
+        # lock from the training. And of a file that is new: PyTorch keeps the lock while it closes
+        # the file, and if it had to empty one first, ext4 begins to write all of it then.
         try:
             torch.save(state, temporary)
         except RuntimeError:

@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from gn_practical.checkpoint.files import LAST
 from gn_practical.checkpoint.finite_weights import all_finite
 from gn_practical.data import SkippedSamples
 
@@ -63,7 +64,7 @@ class BadSteps:
         )
 
     def _last_checkpoint(self) -> str:
-        path = os.path.join(self.output_dir, "last_checkpoint")
+        path = os.path.join(self.output_dir, LAST)
         if not (self.output_dir and os.path.isfile(path)):
             return ""
         with open(path) as file:

@@ -12,7 +12,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
 from torch import nn
 
-from gn_practical.checkpoint.files import newest_whole
+from gn_practical.checkpoint.files import LAST, newest_whole
 from gn_practical.config import add_pgn_config
 from gn_practical.config.values import check_values
 from gn_practical.data import check_datasets
@@ -41,12 +41,11 @@ def check_run(
     _check_device(cfg)
     _check_architecture(cfg)
     _check_expected_results(cfg.TEST.EXPECTED_RESULTS)
-    if not (resume and newest_whole(cfg.OUTPUT_DIR)[0]):
-        _check_weights(cfg.MODEL.WEIGHTS)
+    _check_weights(cfg, resume)
     if not eval_only:
         _check_precision(cfg)
         _check_solver(cfg.SOLVER)
-        if os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")) and not resume:
+        if os.path.isfile(os.path.join(cfg.OUTPUT_DIR, LAST)) and not resume:
             logging.getLogger(__name__).warning(
                 "%s holds checkpoints of an earlier run, which this one overwrites. "
                 "Add --resume to continue it, or choose another OUTPUT_DIR.",
@@ -110,9 +109,13 @@ def _check_device(cfg: CfgNode) -> None:
         )
 
 
-def _check_weights(weights: str) -> None:
+def _check_weights(cfg: CfgNode, resume: bool) -> None:
+    weights = cfg.MODEL.WEIGHTS
     url = urlparse(weights)
-    if weights and not url.scheme and not os.path.isfile(url.path):
+    if not weights or url.scheme or os.path.isfile(url.path):
+        return
+    # Asked last, for it reads a whole checkpoint, on every rank, as the checkpointer will again.
+    if not (resume and newest_whole(cfg.OUTPUT_DIR)[0]):
         raise ValueError(
             f"MODEL.WEIGHTS must be a file, a URL or empty, got MODEL.WEIGHTS={weights}, which "
             'does not exist. Correct the path, or add MODEL.WEIGHTS "" to start from scratch.'

@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from torch import distributed
 from torch.multiprocessing import ProcessExitedException, _prctl_pr_set_pdeathsig
 
-from gn_practical.engine.signals import EXIT_INTERRUPTED, STOP_SIGNALS
+from gn_practical.engine.signals import EXIT_INTERRUPTED, stop_signals_to
 
 
 def launch(main: Callable[[Namespace], Any], args: Namespace) -> Any:
@@ -61,12 +61,8 @@ def _signals_passed_on() -> Iterator[set[int]]:
             if number != signal.SIGINT:  # a terminal sends it to the ranks itself
                 os.kill(rank.pid, number)
 
-    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
-    try:
+    with stop_signals_to(pass_on):
         yield passed_on
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _exit_code(error: ProcessExitedException, passed_on: set[int]) -> int:

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -25,6 +25,17 @@ class Interrupted(SystemExit):
 
     def __init__(self) -> None:
         super().__init__(EXIT_INTERRUPTED)
+
+
+@contextmanager
+def stop_signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle :data:`STOP_SIGNALS` here, and leave them afterwards to who handled them before."""
+    before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopSignals:
@@ -51,12 +62,8 @@ class StopSignals:
             if os.getpid() == process:  # and not a data loader's worker, which has the handler too
                 self._receive(signal.Signals(number))
 
-        before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
-        try:
+        with stop_signals_to(handle):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     @contextmanager
     def held(self, held: bool = True) -> Iterator[None]:

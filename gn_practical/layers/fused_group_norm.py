@@ -83,19 +83,22 @@ def _kernels_take(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> bool:
-    if not kernels_run(x):
-        return False
-    channels = x.shape[1] if x.dim() > 1 else 0
-    if x.numel() == 0 or num_groups < 1 or channels % num_groups:
+    if not (kernels_run(x) and _has_groups(x, num_groups)):
         return False
     if x.is_cuda and not _kernels_agree(str(x.device)):
         return False
     parameters = [t for t in (weight, bias) if t is not None]
     same = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
+    return same and all(t.shape == x.shape[1:2] and t.device == x.device for t in parameters)
+
+
+def _has_groups(x: Tensor, num_groups: int) -> bool:
+    """Whether ``x`` has such groups, of several values each: else PyTorch refuses it, mostly."""
     return (
-        same
-        and all(t.shape == (channels,) and t.device == x.device for t in parameters)
-        and x.numel() > x.shape[0] * num_groups  # else PyTorch refuses some, and nothing is gained
+        x.dim() > 1
+        and num_groups > 0
+        and x.shape[1] % num_groups == 0
+        and x.numel() > x.shape[0] * num_groups > 0
     )
 
 
@@ -157,13 +160,7 @@ def _run_pytorch(
         return _compose(x, num_groups, weight, bias, eps, residual, relu)
     if not x.is_cpu:  # only the CPU's operator takes parameters of another dtype
         weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
-    ordinary = (
-        x.dim() > 1
-        and num_groups > 0
-        and x.shape[1] % num_groups == 0
-        and x.numel() > x.shape[0] * num_groups > 0
-    )
-    if not ordinary:  # PyTorch's errors stay as they are
+    if not _has_groups(x, num_groups):  # PyTorch's errors stay as they are
         y = F.group_norm(x, num_groups, weight, bias, eps)
     elif x.is_cpu and torch.is_grad_enabled():
         y, x = group_norm_in_training(x, num_groups, weight, bias, eps)

@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import torch
 from clock import clock
+from gn_classification.classifier import Batch
+from gn_classification.config import add_classification_config
 from torch import nn
 
 from gn_practical import PracticalGroupNorm, build_model
-from gn_practical.classification.classifier import Batch
-from gn_practical.engine import load_cfg
+from gn_practical.training.engine import load_cfg
 
-CONFIG = "configs/classification/resnet56_cifar10.yaml"
+CONFIG = "projects/classification/configs/resnet56_cifar10.yaml"
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,7 +30,11 @@ def make_model(device: str, plain: bool) -> nn.Module:
     """Build the network; plain: with PyTorch's operator, and nothing fused."""
     torch.manual_seed(0)
     model = build_model(
-        load_cfg(CONFIG, ["MODEL.DEVICE", device, "MODEL.PGN.FUSED", str(not plain)])
+        load_cfg(
+            CONFIG,
+            ["MODEL.DEVICE", device, "MODEL.PGN.FUSED", str(not plain)],
+            add_config=add_classification_config,
+        )
     )
     for module in model.modules():
         if plain and type(module) is PracticalGroupNorm:

@@ -25,9 +25,9 @@ from detectron2.layers import FrozenBatchNorm2d
 from tabulate import tabulate
 from torch import Tensor
 
-from gn_practical.evaluation.results import write_results
 from gn_practical.layers.backends import backend
 from gn_practical.layers.fused_group_norm import fused_group_norm
+from gn_practical.training.evaluation.results import write_results
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -25,8 +25,8 @@ from detectron2.engine import HookBase
 from detectron2.utils.events import get_event_storage
 from tabulate import tabulate
 
-from gn_practical.data import ensure_scenes
-from gn_practical.engine import Trainer, argument_parser, setup
+from gn_practical.training.data import ensure_scenes
+from gn_practical.training.engine import Trainer, argument_parser, setup
 
 matplotlib.use("Agg")
 

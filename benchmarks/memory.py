@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from train_step import CONFIGS, batch, config
 
 from gn_practical import PracticalGroupNorm, bind_group_norms, build_model
-from gn_practical.evaluation.results import write_results
 from gn_practical.layers.recomputation import recompute_outputs
 from gn_practical.modeling.fusion import fuse_norms
+from gn_practical.training.evaluation.results import write_results
 
 RUNS = (  # name, norm, fused, memory mode, cast as CUDA does
     ("PyTorch GN(32)", "GN", False, False, False),

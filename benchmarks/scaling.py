@@ -21,10 +21,10 @@ from tabulate import tabulate
 from torch import nn
 
 from gn_practical import PracticalGroupNorm, bind_group_norms
-from gn_practical.evaluation.results import write_results
 from gn_practical.layers.backends import backend
 from gn_practical.layers.fused_group_norm import fused_group_norm
 from gn_practical.modeling.fusion import fuse_norms
+from gn_practical.training.evaluation.results import write_results
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -1,6 +1,6 @@
 r"""What exact resume, bad steps, signals and safe checkpoints cost a training step.
 
-Steps of ``gn_practical.engine.Trainer`` and of Detectron2's ``DefaultTrainer`` take turns in one
+Steps of ``gn_practical.training.Trainer`` and of Detectron2's ``DefaultTrainer`` take turns in one
 process, with the same model and the same images in the same order. So each step has its partner:
 the difference is the median of theirs. It drowns in the noise of a CPU; so what is added is timed
 by itself in the same steps too.
@@ -27,10 +27,10 @@ from detectron2.engine.hooks import EvalHook, PeriodicWriter
 from torch import nn
 
 from gn_practical import build_model
-from gn_practical.engine import Trainer, autocast, load_cfg
-from gn_practical.engine.autocast import AutocastTrainer
-from gn_practical.engine.signals import Agreement
-from gn_practical.engine.training_state import TrainingState
+from gn_practical.training.engine import Trainer, autocast, load_cfg
+from gn_practical.training.engine.autocast import AutocastTrainer
+from gn_practical.training.engine.signals import Agreement
+from gn_practical.training.engine.training_state import TrainingState
 
 # What is added to a step, and where.
 PARTS = {

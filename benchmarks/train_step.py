@@ -23,8 +23,8 @@ from tabulate import tabulate
 from torch import nn
 
 from gn_practical import add_pgn_config, build_model
-from gn_practical.engine import load_cfg
-from gn_practical.evaluation.results import write_results
+from gn_practical.training.engine import load_cfg
+from gn_practical.training.evaluation.results import write_results
 
 # Configs of this project, and of the zoo for the same model.
 CONFIGS = {

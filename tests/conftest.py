@@ -17,7 +17,7 @@ def catalogs_as_before() -> Iterator[None]:
     """Names registered by a test are gone after it."""
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
-    from gn_practical.data import registration
+    from gn_practical.training.data import registration
 
     names, known = set(DatasetCatalog), dict(registration._registered)
     yield

@@ -15,9 +15,9 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from gn_practical.checkpoint.finite_weights import require_finite_weights
-from gn_practical.engine.autocast import AutocastTrainer
-from gn_practical.engine.bad_steps import BadSteps
+from gn_practical.training.checkpoint.finite_weights import require_finite_weights
+from gn_practical.training.engine.autocast import AutocastTrainer
+from gn_practical.training.engine.bad_steps import BadSteps
 
 ROOT = Path(__file__).parent.parent
 

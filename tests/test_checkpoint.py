@@ -22,17 +22,17 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.solver import build_optimizer
 from torch import nn
 
-from gn_practical.checkpoint import GroupsCheckpointer, files
-from gn_practical.checkpoint import checkpointer as checkpointer_module
-from gn_practical.checkpoint.best import BestCheckpoint
-from gn_practical.checkpoint.files import (
+from gn_practical.training.checkpoint import GroupsCheckpointer, files
+from gn_practical.training.checkpoint import checkpointer as checkpointer_module
+from gn_practical.training.checkpoint.best import BestCheckpoint
+from gn_practical.training.checkpoint.files import (
     check_whole,
     newest_whole,
     remove_old,
     write_checkpoint,
     write_last,
 )
-from gn_practical.checkpoint.snapshot import Snapshot
+from gn_practical.training.checkpoint.snapshot import Snapshot
 
 
 def state_of(iteration, size=50):

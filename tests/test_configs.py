@@ -9,7 +9,7 @@ import yaml
 from torch import nn
 
 from gn_practical import PracticalGroupNorm, WSConv2d, build_model
-from gn_practical.engine import load_cfg
+from gn_practical.training.engine import load_cfg
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # A sweep is a plan of runs of these, not a config: tests/test_sweep.py.

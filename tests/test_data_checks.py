@@ -11,7 +11,7 @@ from detectron2.data import (
 from PIL import Image
 
 from gn_practical.config import add_pgn_config
-from gn_practical.data import (
+from gn_practical.training.data import (
     CheckedDatasetMapper,
     DatasetError,
     check_datasets,

@@ -13,8 +13,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from gn_practical import add_pgn_config
-from gn_practical.data import CheckedDatasetMapper, DatasetError, SkippedSamples
-from gn_practical.engine.bad_steps import CountSkippedSamples
+from gn_practical.training.data import CheckedDatasetMapper, DatasetError, SkippedSamples
+from gn_practical.training.engine.bad_steps import CountSkippedSamples
 
 
 @pytest.fixture

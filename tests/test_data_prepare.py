@@ -10,8 +10,13 @@ import pycocotools.mask as mask_util
 import pytest
 from PIL import Image
 
-from gn_practical.data import DatasetError, prepare_coco, prepare_stuff, write_instances_json
-from gn_practical.data import prepare as prepare_module
+from gn_practical.training.data import (
+    DatasetError,
+    prepare_coco,
+    prepare_stuff,
+    write_instances_json,
+)
+from gn_practical.training.data import prepare as prepare_module
 
 TOOL = Path(__file__).parent.parent / "tools" / "prepare_panoptic_coco.py"
 CATEGORIES = [  # not in the order of their ids, with gaps; as COCO's, stuff among things

@@ -7,8 +7,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from gn_practical.config import add_pgn_config
-from gn_practical.data import DatasetError, register_datasets, register_scenes
-from gn_practical.data.coco_format import read_categories
+from gn_practical.training.data import DatasetError, register_datasets, register_scenes
+from gn_practical.training.data.coco_format import read_categories
 
 pytestmark = pytest.mark.usefixtures("catalogs_as_before")
 

@@ -7,10 +7,10 @@ import pycocotools.mask as mask_util
 import pytest
 from PIL import Image
 
-from gn_practical.data import DatasetError, ensure_scenes
-from gn_practical.data.coco_format import id_to_rgb, rgb_to_id
-from gn_practical.data.drawing import STUFF_CLASSES, THING_CLASSES
-from gn_practical.data.scenes import CATEGORIES
+from gn_practical.training.data import DatasetError, ensure_scenes
+from gn_practical.training.data.coco_format import id_to_rgb, rgb_to_id
+from gn_practical.training.data.drawing import STUFF_CLASSES, THING_CLASSES
+from gn_practical.training.data.scenes import CATEGORIES
 
 FEW = {"train": 12, "val": 4}
 
@@ -110,7 +110,9 @@ def test_a_damaged_or_older_set_is_made_anew(scenes, tmp_path, damage):
 
 
 def test_a_whole_set_is_left_alone(scenes, monkeypatch):
-    monkeypatch.setattr("gn_practical.data.scenes._write_scenes", None)  # would raise if called
+    monkeypatch.setattr(
+        "gn_practical.training.data.scenes._write_scenes", None
+    )  # would raise if called
     ensure_scenes(scenes, FEW)
 
 

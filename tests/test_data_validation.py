@@ -14,9 +14,9 @@ import pycocotools.mask as mask_util
 import pytest
 from PIL import Image
 
-from gn_practical.data import ensure_scenes
-from gn_practical.data.pool import Pool
-from gn_practical.data.validation import (
+from gn_practical.training.data import ensure_scenes
+from gn_practical.training.data.pool import Pool
+from gn_practical.training.validation import (
     REASONS,
     InstancesTarget,
     PanopticTarget,
@@ -24,9 +24,9 @@ from gn_practical.data.validation import (
     validate,
     write_clean,
 )
-from gn_practical.data.validation.annotations import Expected, check_instance, rle_counts
-from gn_practical.data.validation.files import decode_file
-from gn_practical.data.validation.panoptic import segment_extents
+from gn_practical.training.validation.annotations import Expected, check_instance, rle_counts
+from gn_practical.training.validation.files import decode_file
+from gn_practical.training.validation.panoptic import segment_extents
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -531,7 +531,7 @@ def test_a_worker_that_dies_is_an_error():
 
 KILLED = """
 import time
-from gn_practical.data.pool import Pool
+from gn_practical.training.data.pool import Pool
 
 with Pool(2, show_progress=False) as pool:
     print(list(pool.map(abs, [-1], "work")), flush=True)
@@ -555,7 +555,7 @@ def test_workers_end_with_a_process_that_is_killed():
 # A data set that is interrupted as a terminal does it: all processes of the group are.
 INTERRUPTED = """
 import os, pickle, signal, sys
-from gn_practical.data.validation import RecordsTarget, validate
+from gn_practical.training.validation import RecordsTarget, validate
 
 class Interrupted(RecordsTarget):
     def check(self, pool, decoded):

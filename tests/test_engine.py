@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from gn_practical.checkpoint import GroupsCheckpointer
-from gn_practical.engine import Trainer, argument_parser, load_cfg, main
-from gn_practical.engine.checks import check_model, check_run
 from gn_practical.layers import PracticalGroupNorm
+from gn_practical.training.checkpoint import GroupsCheckpointer
+from gn_practical.training.engine import Trainer, argument_parser, load_cfg, main
+from gn_practical.training.engine.checks import check_model, check_run
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs/quickstart/pfpn.yaml")
@@ -219,7 +219,7 @@ def test_config_that_is_not_there_or_not_yaml(tmp_path):
 
 
 def test_changed_batch_without_learning_rate_is_warned_of(tmp_path, caplog):
-    from gn_practical.engine.setup import _warn_learning_rate
+    from gn_practical.training.engine.setup import _warn_learning_rate
 
     with caplog.at_level(logging.WARNING):
         _warn_learning_rate(QUICKSTART, load_cfg(QUICKSTART, ["SOLVER.IMS_PER_BATCH", "16"]))
@@ -229,7 +229,7 @@ def test_changed_batch_without_learning_rate_is_warned_of(tmp_path, caplog):
 
 RANKS = """
 import sys, torch
-from gn_practical.engine import Trainer, argument_parser, check_run, launch, setup
+from gn_practical.training.engine import Trainer, argument_parser, check_run, launch, setup
 from detectron2.utils import comm
 
 def train(args):

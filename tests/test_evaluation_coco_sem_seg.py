@@ -14,8 +14,8 @@ from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from gn_practical.evaluation import CocoEvaluator, SemSegEvaluator
-from gn_practical.evaluation.sem_seg import read_label_image
+from gn_practical.training.evaluation import CocoEvaluator, SemSegEvaluator
+from gn_practical.training.evaluation.sem_seg import read_label_image
 
 SIZE = 64
 

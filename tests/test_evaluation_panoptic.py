@@ -11,9 +11,9 @@ from detectron2.data.datasets import register_coco_panoptic_separated
 from detectron2.utils import comm
 from PIL import Image
 
-from gn_practical.data.coco_format import id_to_rgb, rgb_to_id
-from gn_practical.evaluation import PanopticEvaluator
-from gn_practical.evaluation.panoptic import (
+from gn_practical.training.data.coco_format import id_to_rgb, rgb_to_id
+from gn_practical.training.evaluation import PanopticEvaluator
+from gn_practical.training.evaluation.panoptic import (
     panoptic_quality,
 )
 

@@ -18,7 +18,7 @@ from PIL import Image
 from test_evaluation_panoptic import random_truth, register, to_detectron2
 
 from gn_practical.config import add_pgn_config
-from gn_practical.evaluation import (
+from gn_practical.training.evaluation import (
     CocoEvaluator,
     PanopticEvaluator,
     PictureEvaluator,
@@ -28,8 +28,8 @@ from gn_practical.evaluation import (
     results_table,
     write_results,
 )
-from gn_practical.evaluation.curves import read_metrics
-from gn_practical.evaluation.segments import class_color, draw_segments, panoptic_segments
+from gn_practical.training.evaluation.curves import read_metrics
+from gn_practical.training.evaluation.segments import class_color, draw_segments, panoptic_segments
 
 __all__ = ["register"]  # a fixture
 

@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from gn_practical import add_pgn_config
-from gn_practical.config.values import CHOICES, NOT_EMPTY, RULES, expand, look_up
-from gn_practical.data import ensure_scenes
-from gn_practical.engine import argument_parser, load_cfg, main
+from gn_practical.training.config.values import CHOICES, NOT_EMPTY, RULES, expand, look_up
+from gn_practical.training.data import ensure_scenes
+from gn_practical.training.engine import argument_parser, load_cfg, main
 
 TINY = str(Path(__file__).parent.parent / "configs/quickstart/tiny.yaml")
 
@@ -63,8 +63,8 @@ def train(tmp_path_factory):
     torch.set_num_threads(1)  # the model is too small to gain by more
     patch = pytest.MonkeyPatch()
     patch.setattr("detectron2.engine.defaults.collect_env_info", lambda: "")
-    patch.setattr("gn_practical.engine.trainer.plot_metrics", lambda *_: None)
-    patch.setattr("gn_practical.engine.trainer.Trainer.train", one_step_of(patch))
+    patch.setattr("gn_practical.training.engine.trainer.plot_metrics", lambda *_: None)
+    patch.setattr("gn_practical.training.engine.trainer.Trainer.train", one_step_of(patch))
 
     def run(overrides):
         for path in output.glob("*.pth") if output.is_dir() else ():
@@ -109,7 +109,7 @@ FILES = ("images/{}", "panoptic_{}", "panoptic_{}.json", "panoptic_stuff_{}", "i
 
 
 def one_step_of(patch):
-    from gn_practical.engine.trainer import Trainer
+    from gn_practical.training.engine.trainer import Trainer
 
     whole = Trainer.train
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 
-from gn_practical.engine import Trainer, argument_parser, setup
+from gn_practical.training.engine import Trainer, argument_parser, setup
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("leak", ROOT / "benchmarks/leak.py")
@@ -85,7 +85,7 @@ EXITS = """
 import os, sys
 import torch
 from detectron2.engine import defaults
-from gn_practical.engine import argument_parser, main
+from gn_practical.training.engine import argument_parser, main
 
 torch.set_num_threads(1)
 defaults.collect_env_info = lambda: ""

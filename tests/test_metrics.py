@@ -8,7 +8,7 @@ from detectron2.engine import TrainerBase
 from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils.events import CommonMetricPrinter, EventStorage, JSONWriter
 
-from gn_practical.engine.metrics import BoundHistories, SteadyWriter, forget_metrics
+from gn_practical.training.engine.metrics import BoundHistories, SteadyWriter, forget_metrics
 
 
 def test_histories_are_bounded():

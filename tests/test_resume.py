@@ -20,12 +20,12 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from gn_practical.data import DatasetError
-from gn_practical.data.loader import SeededDataset, build_train_loader
-from gn_practical.data.sampler import BatchStream
-from gn_practical.data.seeding import seed_all, seeded
-from gn_practical.engine import Trainer, load_cfg
-from gn_practical.engine.training_state import TrainingState
+from gn_practical.training.data import DatasetError
+from gn_practical.training.data.loader import SeededDataset, build_train_loader
+from gn_practical.training.data.sampler import BatchStream
+from gn_practical.training.data.seeding import seed_all, seeded
+from gn_practical.training.engine import Trainer, load_cfg
+from gn_practical.training.engine.training_state import TrainingState
 
 ROOT = Path(__file__).parent.parent
 MODEL = shlex.split(
@@ -40,7 +40,7 @@ MODEL = shlex.split(
 
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
-    monkeypatch.setattr("gn_practical.engine.trainer.plot_metrics", lambda *paths: None)
+    monkeypatch.setattr("gn_practical.training.engine.trainer.plot_metrics", lambda *paths: None)
 
 
 @pytest.fixture

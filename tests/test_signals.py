@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from gn_practical.engine.launch import _exit_code
-from gn_practical.engine.signals import EXIT_INTERRUPTED, STOP_SIGNALS, Interrupted, StopSignals
+from gn_practical.training.engine.launch import _exit_code
+from gn_practical.training.engine.signals import (
+    EXIT_INTERRUPTED,
+    STOP_SIGNALS,
+    Interrupted,
+    StopSignals,
+)
 
 
 @pytest.fixture

@@ -79,8 +79,8 @@ def audit(args: argparse.Namespace) -> None:
     from gn_practical.analysis.audit import audit_isometry
     from gn_practical.analysis.audit_report import save_audit
     from gn_practical.analysis.blocks import choose_groups, find_unit_blocks
-    from gn_practical.checkpoint import GroupsCheckpointer
-    from gn_practical.engine import check_run
+    from gn_practical.training.checkpoint import GroupsCheckpointer
+    from gn_practical.training.engine import check_run
 
     cfg = read_config(args)
     if not args.synthetic:
@@ -100,7 +100,7 @@ def audit(args: argparse.Namespace) -> None:
 
 def read_config(args: argparse.Namespace) -> "CfgNode":
     """Read the config, with a small batch of small images unless the overrides say otherwise."""
-    from gn_practical.engine import load_cfg
+    from gn_practical.training.engine import load_cfg
 
     size = str(args.image_size)
     small = [
@@ -115,7 +115,7 @@ def read_config(args: argparse.Namespace) -> "CfgNode":
 
 def real_batches(cfg: "CfgNode", args: argparse.Namespace) -> list[Any]:
     """Take the first batches of the training set."""
-    from gn_practical.engine import Trainer
+    from gn_practical.training.engine import Trainer
 
     loader = iter(Trainer.build_train_loader(cfg))
     return [next(loader) for _ in range(args.num_batches)]
@@ -172,7 +172,7 @@ def main() -> None:
     """Run, ending with one clear error where the user can mend it."""
     args = parse_args()
     # After parsing: importing Detectron2 takes seconds, and --help should not.
-    from gn_practical.engine.run import one_clear_error
+    from gn_practical.training.engine.run import one_clear_error
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     with one_clear_error(), contextlib.suppress(BrokenPipeError):

@@ -31,9 +31,9 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
 import torch
 
-from gn_practical.engine import Trainer, argument_parser, launch, main
-from gn_practical.engine.run import Task
-from gn_practical.engine.signals import EXIT_INTERRUPTED
+from gn_practical.training.engine import Trainer, argument_parser, launch, main
+from gn_practical.training.engine.run import Task
+from gn_practical.training.engine.signals import EXIT_INTERRUPTED
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, NUM_IMAGES = 4, 100

@@ -48,8 +48,8 @@ def main() -> None:
     from gn_practical import build_model
     from gn_practical.analysis import format_rows
     from gn_practical.analysis.group_table import group_table
-    from gn_practical.engine import load_cfg
-    from gn_practical.engine.run import one_clear_error
+    from gn_practical.training.engine import load_cfg
+    from gn_practical.training.engine.run import one_clear_error
 
     with one_clear_error():
         cfg = load_cfg(args.config_file, [*args.opts, "MODEL.DEVICE", "meta"])

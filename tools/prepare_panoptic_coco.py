@@ -49,8 +49,8 @@ def main() -> int:
     """Prepare COCO or the user's own data."""
     args = parse_args()
     # Only now, so that --help need not wait for PyTorch.
-    from gn_practical.data.errors import DatasetError
-    from gn_practical.data.prepare import prepare_coco, prepare_stuff, write_instances_json
+    from gn_practical.training.data.errors import DatasetError
+    from gn_practical.training.data.prepare import prepare_coco, prepare_stuff, write_instances_json
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

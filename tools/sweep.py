@@ -37,8 +37,8 @@ def main() -> int:
     # After parsing: importing Detectron2 takes seconds, and --help should not.
     from pathlib import Path
 
-    from gn_practical.engine.run import one_clear_error
-    from gn_practical.sweep import describe, read_plan, report, run_all
+    from gn_practical.training.engine.run import one_clear_error
+    from gn_practical.training.sweep import describe, read_plan, report, run_all
 
     output = args.output or f"output/sweeps/{Path(args.sweep_file).stem}"
     with one_clear_error():

@@ -9,8 +9,8 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gn_practical.data.validation import Report
-    from gn_practical.data.validation.targets import Target
+    from gn_practical.training.validation import Report
+    from gn_practical.training.validation.targets import Target
 
 _DESCRIPTION = """\
 Decode every image and PNG of data sets in COCO's format, check every annotation, and report what
@@ -96,11 +96,11 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 def read_targets(args: argparse.Namespace) -> "list[Target]":
     """Return what is to be validated; sets the default of --output."""
-    from gn_practical.data.validation import InstancesTarget, PanopticTarget, targets_of
+    from gn_practical.training.validation import InstancesTarget, PanopticTarget, targets_of
 
     folder, targets, images = "output", [], None if args.annotations_only else args.images
     if args.config_file:
-        from gn_practical.engine import load_cfg
+        from gn_practical.training.engine import load_cfg
 
         cfg = load_cfg(args.config_file, args.opts)
         folder, targets = cfg.OUTPUT_DIR, targets_of(cfg, files=not args.annotations_only)
@@ -133,7 +133,7 @@ def clean_paths(targets: "list[Target]", path: str | None) -> dict[str, str]:
 
 def write_clean_jsons(report: "Report", paths: dict[str, str]) -> None:
     """Write the clean jsons of what was checked to the end, and say what they lack."""
-    from gn_practical.data.validation import write_clean
+    from gn_practical.training.validation import write_clean
 
     for source, output in paths.items():
         unusable = any(f.json == source and f.reason == "json unusable" for f in report.faults)
@@ -148,7 +148,7 @@ def write_clean_jsons(report: "Report", paths: dict[str, str]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Validate, report, clean."""
-    from gn_practical.data.validation import check_ending, validate
+    from gn_practical.training.validation import check_ending, validate
 
     if args.output:
         check_ending(args.output)
@@ -166,7 +166,7 @@ def main() -> int:
     """Run, ending with one clear error where the user can mend it."""
     args = parse_args()
     # After parsing: importing Detectron2 takes seconds, and --help should not.
-    from gn_practical.engine.run import one_clear_error
+    from gn_practical.training.engine.run import one_clear_error
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     with one_clear_error(), contextlib.suppress(BrokenPipeError):

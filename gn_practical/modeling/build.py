@@ -87,7 +87,7 @@ def bind_model(model: nn.Module, cfg: CfgNode) -> list[GroupNormBinding]:
 
 def _num_groups(cfg: CfgNode) -> int:
     """The number of groups of all norms; a classifier's norm may be named after it."""
-    norm, num_groups = cfg.MODEL.CLASSIFIER.NORM, cfg.MODEL.PGN.NUM_GROUPS
+    norm, num_groups = cfg.MODEL.get("CLASSIFIER", {}).get("NORM"), cfg.MODEL.PGN.NUM_GROUPS
     if norm == "GN":
         return num_groups or 32  # as Detectron2's
     named = {"LN": 1, "IN": ALL_CHANNELS}.get(norm)

@@ -1,0 +1,65 @@
+"""Configuration keys of the norm, added to a Detectron2 config: MODEL.PGN and MODEL.WS."""
+
+from detectron2.config import CfgNode
+
+
+def add_pgn_config(cfg: CfgNode) -> None:
+    """Add the keys of the norm, with their defaults, to a Detectron2 config in place.
+
+    What a node holds already is kept, so calling it twice changes nothing.
+
+    Args:
+        cfg: a config as ``detectron2.config.get_cfg()`` returns it.
+
+    Example:
+        >>> from detectron2.config import get_cfg
+        >>> cfg = get_cfg()
+        >>> add_pgn_config(cfg)
+        >>> cfg.MODEL.PGN.NUM_GROUPS
+        0
+    """
+    if "PGN" not in cfg.MODEL:
+        cfg.MODEL.PGN = _group_norm_keys()
+    if "WS" not in cfg.MODEL:
+        cfg.MODEL.WS = _weight_standardization_keys()
+
+
+def _group_norm_keys() -> CfgNode:
+    pgn = CfgNode()
+    # Number of groups of every "PGN" norm. 0: what RULE says for each layer by itself;
+    # a number: the same everywhere, for the paper's baselines through the same code.
+    pgn.NUM_GROUPS = 0
+    # "paper": Algorithm 1 of arXiv:2302.03193.
+    # "exact": the group size n_g = 3 + n_out / (n_in - n_out), from the factor
+    # (n_g - 2) / (n_g - 3) in place of the paper's 1 + 4 / n_g; same clipping and divisor step.
+    pgn.RULE = "paper"
+    # The activation that follows the norms, by its name in gn_practical.activation_gain: the rule
+    # takes its forward over its backward gain (Section 2.3), 1 for the ReLU family. It names what
+    # the model has; it does not change the model.
+    pgn.ACTIVATION = "relu"
+    # ((pattern, num_groups), ...): the number of groups of single layers, by shell-style pattern
+    # on the norm's path in the model; the last match wins. A pattern that matches nothing, or a
+    # number that does not divide the layer's channels, is an error.
+    pgn.LAYER_NUM_GROUPS = ()
+    # ((pattern, in_channels), ...): input channels of the weight layer that feeds a norm, where
+    # they cannot be inferred from the modules.
+    pgn.IN_CHANNELS = ()
+    # Run each norm with the residual sum and the ReLU that follow it as one operator, where the
+    # model has a structure that gn_practical.modeling.fusion knows. docs/performance.md.
+    pgn.FUSED = True
+    # Memory mode: what the norms return is computed again in the backward pass instead of stored,
+    # which halves the activation memory of a chain of convolutions. Needs FUSED.
+    pgn.RECOMPUTE = False
+    # Let group norms run whose groups hold a single value, for an experiment that shows what
+    # happens: the output is constant and no gradient passes.
+    pgn.ALLOW_DEGENERATE = False
+    return pgn
+
+
+def _weight_standardization_keys() -> CfgNode:
+    ws = CfgNode()
+    # Weight standardization of every convolution that a norm follows.
+    ws.ENABLED = False
+    # (pattern, ...): convolutions, by pattern on their path, that keep their plain weights.
+    ws.EXCLUDE = ()
+    return ws

@@ -1,0 +1,334 @@
+"""Checkpoint files that are whole or not there: written, checked, found again and thinned out.
+
+A checkpoint is what ``torch.save`` writes, a zip, and carries the SHA-256 of itself in the zip's
+comment. So data and checksum arrive by one rename, there is no second file to lose or to mix up,
+and every reader of zips, ``torch.load`` and Detectron2's tools among them, reads it as before.
+The CRC-32 that a zip holds of each entry would not do: it leaves out headers and padding, and
+``torch.load`` does not compare it.
+"""
+
+import hashlib
+import os
+import re
+import struct
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gn_practical.training.checkpoint.safe_loading import load_torch
+
+LAST = "last_checkpoint"  # Detectron2's file with the name of the checkpoint to resume from
+
+# The end of a sealed file: the comment's length, which closes the zip's directory, and the comment.
+_MARK = b"gn_practical sha256 "
+_SEAL_START = struct.pack("<H", len(_MARK) + 64) + _MARK
+_SEAL_SIZE = len(_SEAL_START) + 64
+# The end of a zip without a comment: 22 bytes from this signature, the last two of them zero.
+_DIRECTORY_END, _DIRECTORY_END_SIZE = b"PK\5\6", 22
+
+_PERIODIC = re.compile(r"model_(\d{7})\.pth")
+
+
+def checkpoint_path(folder: str, name: str) -> str:
+    """Return the path of a checkpoint in its folder, and of nothing outside it.
+
+    Args:
+        folder: ``OUTPUT_DIR``.
+        name: the checkpoint's name, without folder and suffix.
+
+    Raises:
+        ValueError: if the name would lead elsewhere.
+
+    Example:
+        >>> checkpoint_path("output", "model_final")
+        'output/model_final.pth'
+        >>> checkpoint_path("output", "../model_final")
+        Traceback (most recent call last):
+        ValueError: a checkpoint must be named without a folder, got name='../model_final'. ...
+    """
+    if not _is_plain(name):
+        raise ValueError(
+            f"a checkpoint must be named without a folder, got name={name!r}. "
+            "Choose the folder with OUTPUT_DIR."
+        )
+    return os.path.join(folder, f"{name}.pth")
+
+
+@contextmanager
+def replacing(path: str) -> Iterator[str]:
+    """Name a new file to write, which replaces ``path`` whole at the end of the block, or never.
+
+    What is there before stays readable until then, and for good where the block raises. At the
+    end the new content is on the disk: file and folder are synced.
+
+    Args:
+        path: the file to write or replace.
+
+    Example:
+        >>> import tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "a")
+        >>> with replacing(path) as temporary:
+        ...     _ = Path(temporary).write_text("whole")
+        >>> Path(path).read_text()
+        'whole'
+    """
+    temporary = f"{path}.tmp"
+    with suppress(FileNotFoundError):
+        os.remove(temporary)  # what a killed process left
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
+    _sync_folder(os.path.dirname(path) or ".")
+
+
+def write_checkpoint(state: Any, path: str) -> None:
+    """Write a state with its checksum, and replace ``path`` by it in one step.
+
+    Args:
+        state: tensors and plain containers.
+        path: the checkpoint.
+
+    Raises:
+        OSError, RuntimeError: if the disk is full or gone; ``path`` is then as it was, and no rest
+            remains.
+    """
+    with replacing(path) as temporary:
+        # By name, not as a Python file: its many small writes would each take the interpreter's
+        # lock from the training. And of a file that is new: PyTorch keeps the lock while it closes
+        # the file, and if it had to empty one first, ext4 begins to write all of it then.
+        try:
+            torch.save(state, temporary)
+        except RuntimeError:
+            _raise_if_full(temporary)
+            raise
+        _seal(temporary)
+
+
+def write_last(folder: str, file_name: str) -> None:
+    """Make a checkpoint of the folder the one to resume from.
+
+    Args:
+        folder: ``OUTPUT_DIR``.
+        file_name: name of the checkpoint with its suffix.
+    """
+    with replacing(os.path.join(folder, LAST)) as temporary:
+        Path(temporary).write_text(file_name, encoding="utf-8")
+
+
+def check_whole(path: str) -> None:
+    """Compare a checkpoint with its checksum.
+
+    A file without one, as other programs write, is compared with the CRC-32 of its entries.
+
+    Args:
+        path: the checkpoint.
+
+    Raises:
+        ValueError: with what is wrong.
+
+    Example:
+        >>> import tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "a.pth")
+        >>> write_checkpoint({"model": {"weight": torch.zeros(3)}}, path)
+        >>> check_whole(path)
+        >>> os.truncate(path, 500)
+        >>> check_whole(path)
+        Traceback (most recent call last):
+        ValueError: cut short or changed
+    """
+    try:
+        with open(path, "rb") as file:
+            _check_open(file)
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+
+
+def newest_whole(folder: str) -> tuple[str, dict[str, str]]:
+    """Find the checkpoint to resume from.
+
+    It is the one that ``last_checkpoint`` names; where that file or its checkpoint is missing or
+    damaged, the whole one of most iterations.
+
+    Args:
+        folder: ``OUTPUT_DIR``.
+
+    Returns:
+        Its path, empty if there is none; and {path: what is wrong} of those that were passed over.
+    """
+    damaged: dict[str, str] = {}
+    named = _named_last(folder, damaged)
+    for path in _candidates(folder, named):
+        try:
+            check_whole(path)
+            if _iteration_inside(path) is None:
+                raise ValueError("holds no state of a training")
+        except ValueError as error:
+            damaged[path] = str(error)
+        else:
+            return path, damaged
+    return "", damaged
+
+
+def remove_old(newest: str, keep: int) -> None:
+    """Remove the periodic checkpoints before the ``keep`` newest.
+
+    Periodic ones are ``model_0000123.pth``; none else is touched, neither ``model_final`` nor
+    ``model_best`` nor what is newer, of another run. Nothing is removed unless ``newest`` reads
+    back whole.
+
+    Args:
+        newest: path of the checkpoint just written.
+        keep: how many stay; 0 for all.
+    """
+    current = _PERIODIC.fullmatch(os.path.basename(newest))
+    if not keep or not current:
+        return
+    folder = Path(newest).parent
+    numbered = {path: _PERIODIC.fullmatch(path.name) for path in folder.glob("model_*.pth")}
+    earlier = sorted(path for path, match in numbered.items() if match and match[1] < current[1])
+    old = earlier[: max(0, len(earlier) - keep + 1)]
+    if old:
+        check_whole(newest)
+    for path in old:
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: str) -> None:
+    """Remove what writing left that was killed.
+
+    Args:
+        folder: ``OUTPUT_DIR``, in which nothing is being written.
+    """
+    for path in Path(folder).glob("*.pth.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _raise_if_full(path: str) -> None:
+    """Raise what the system says to one more write, for PyTorch keeps it to itself."""
+    with open(path, "ab") as file:
+        file.write(bytes(1 << 20))
+
+
+def _seal(path: str) -> None:
+    """Write the checksum of a zip without a comment into its comment."""
+    with open(path, "r+b") as file:
+        file.seek(-_DIRECTORY_END_SIZE, os.SEEK_END)
+        if not _ends_without_comment(file.read()):
+            raise OSError("torch.save did not write the end of the file")
+        size = file.tell() - 2
+        checksum = _sha256(file, size)
+        file.seek(size)
+        file.write(_SEAL_START + checksum)
+
+
+def _ends_without_comment(data: bytes) -> bool:
+    end = data[-_DIRECTORY_END_SIZE:]
+    return end.startswith(_DIRECTORY_END) and end.endswith(b"\0\0")
+
+
+def _sha256(file: BufferedIOBase, size: int) -> bytes:
+    """Return the hexadecimal SHA-256 of the first ``size`` bytes.
+
+    In large blocks, without the interpreter's lock but between them.
+    """
+    file.seek(0)
+    checksum, block = hashlib.sha256(), memoryview(bytearray(min(size, 1 << 23)))
+    while size and (count := file.readinto(block[:size])):
+        checksum.update(block[:count])
+        size -= count
+    return checksum.hexdigest().encode()
+
+
+def _check_open(file: BufferedIOBase) -> None:
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        raise ValueError("empty")
+    file.seek(0)
+    if file.read(4) != b"PK\3\4":
+        raise ValueError("not a checkpoint")
+    file.seek(max(0, size - _SEAL_SIZE))
+    end = file.read()
+    if not end.startswith(_SEAL_START):
+        _check_unsealed(file, end)
+    elif _sha256(file, size - _SEAL_SIZE) != end[len(_SEAL_START) :]:
+        raise ValueError("its checksum differs")
+
+
+def _check_unsealed(file: BufferedIOBase, end: bytes) -> None:
+    if not _ends_without_comment(end):
+        raise ValueError("cut short or changed")
+    try:
+        wrong = zipfile.ZipFile(file).testzip()
+    except Exception as error:  # zipfile raises many kinds on a damaged file
+        raise ValueError(f"not a whole zip: {error}") from error
+    if wrong:
+        raise ValueError(f"the checksum of its part {wrong} differs")
+
+
+def _named_last(folder: str, damaged: dict[str, str]) -> str:
+    """Return the path that ``last_checkpoint`` names, or "" and why."""
+    path = os.path.join(folder, LAST)
+    try:
+        name = Path(path).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        damaged[path] = f"cannot be read: {error}"
+        return ""
+    if not _is_plain(name):
+        damaged[path] = f"must name a file of its folder, not {name[:80]!r}"
+        return ""
+    return os.path.join(folder, name)
+
+
+def _is_plain(name: str) -> bool:
+    return bool(re.fullmatch(r"[^/\\\0]+", name)) and name not in (".", "..")
+
+
+def _candidates(folder: str, named: str) -> Iterator[str]:
+    if named:
+        yield named
+    iterations = {
+        str(path): _iteration(path) for path in Path(folder).glob("*.pth") if str(path) != named
+    }
+    training = (path for path in iterations if iterations[path] is not None)
+    yield from sorted(training, key=lambda path: iterations[path], reverse=True)
+
+
+def _iteration(path: Path) -> int | None:
+    """Return a checkpoint's iteration; -1 if it cannot be read, None if it is of no training."""
+    periodic = _PERIODIC.fullmatch(path.name)
+    if periodic:
+        return int(periodic[1])
+    try:
+        return _iteration_inside(str(path))
+    except ValueError:
+        return -1
+
+
+def _iteration_inside(path: str) -> int | None:
+    state = load_torch(path, mmap=True)
+    of_training = isinstance(state, dict) and "model" in state
+    iteration = state.get("iteration") if of_training else None
+    return iteration if isinstance(iteration, int) else None
+
+
+def _sync_folder(folder: str) -> None:
+    """Make a rename in the folder last; not every file system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,63 @@
+"""Configuration keys of the trainer, added to a Detectron2 config."""
+
+from detectron2.config import CfgNode
+
+
+def add_training_config(cfg: CfgNode) -> None:
+    """Add the keys of the trainer, with their defaults, to a Detectron2 config in place.
+
+    Args:
+        cfg: a config as ``detectron2.config.get_cfg()`` returns it.
+
+    Example:
+        >>> from detectron2.config import get_cfg
+        >>> cfg = get_cfg()
+        >>> add_training_config(cfg)
+        >>> cfg.TEST.NUM_PICTURES
+        8
+    """
+    _add_dataset_keys(cfg)
+    _add_engine_keys(cfg)
+    _add_fault_keys(cfg)
+    _add_checkpoint_keys(cfg)
+
+
+def _add_dataset_keys(cfg: CfgNode) -> None:
+    # Data sets of your own in COCO's instance format, registered before anything is built:
+    # ((name, image_root, instances_json), ...). Paths are relative to the working directory.
+    cfg.DATASETS.COCO_INSTANCES = ()
+    # Data sets of your own in COCO's panoptic format:
+    # ((name, image_root, panoptic_root, panoptic_json, sem_seg_root, instances_json), ...),
+    # registered as "<name>_separated"; tools/prepare_panoptic_coco.py makes sem_seg_root.
+    cfg.DATASETS.COCO_PANOPTIC = ()
+
+
+def _add_engine_keys(cfg: CfgNode) -> None:
+    # Precision under SOLVER.AMP.ENABLED: "float16" (CUDA, with loss scaling) or "bfloat16"
+    # (CUDA and CPU, without).
+    cfg.SOLVER.AMP.DTYPE = "float16"
+    # Iterations between two measurements of the gradient variance ratios of every group norm's
+    # unit block, logged while training as isometry/{A,B,C,K}/<layer>; 0 for none. docs/audit.md.
+    cfg.SOLVER.AUDIT_PERIOD = 0
+    # Validation images drawn with predictions beside ground truth at each evaluation.
+    cfg.TEST.NUM_PICTURES = 8
+
+
+def _add_fault_keys(cfg: CfgNode) -> None:
+    # Steps with a loss or gradient that is not finite which a run leaves out before the next one
+    # ends it, in total; 0: the first one ends it. Each is kept in OUTPUT_DIR/bad_steps.json. What
+    # float16's loss scaling leaves out in search of its scale is not counted.
+    cfg.SOLVER.MAX_SKIPPED_STEPS = 0
+    # Images that training may skip because they or their annotations cannot be used, before the
+    # next one ends it; 0: the first one ends it. Each counts once, however many epochs meet it,
+    # and is listed with the reason in OUTPUT_DIR/skipped_samples.json.
+    cfg.DATALOADER.MAX_SKIPPED_SAMPLES = 0
+
+
+def _add_checkpoint_keys(cfg: CfgNode) -> None:
+    # How many of the checkpoints model_0000123.pth to keep, the newest; 0 for all. Where one can
+    # be damaged, keep 2 at least: resuming takes the newest that is whole.
+    cfg.SOLVER.CHECKPOINT_KEEP_LAST = 0
+    # Metric whose highest value is kept as model_best.pth, as metrics.json names it:
+    # "panoptic_seg/PQ", "bbox/AP"; "" for none. Needs TEST.EVAL_PERIOD.
+    cfg.TEST.BEST_METRIC = ""

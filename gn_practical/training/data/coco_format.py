@@ -1,0 +1,216 @@
+"""COCO's files: reading the jsons, their categories, panoptic ids, masks.
+
+The metadata made here has the names and meaning that Detectron2 gives them for
+``coco_2017_train_panoptic_separated``: things and stuff have contiguous ids of their own, in the
+order of the categories' ids, and stuff begins with an extra class "things" at 0.
+"""
+
+import itertools
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as mask_util
+from detectron2.utils.colormap import colormap
+
+from gn_practical.training.data.errors import DatasetError
+
+VOID = 255  # label of no class in a stuff PNG
+
+_LARGE_FILE = 50_000_000  # bytes; reading a larger one takes more than a second or so
+_logger = logging.getLogger(__name__)
+
+Category = dict[str, Any]
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a json file whose top level is an object.
+
+    Args:
+        path: the file.
+
+    Raises:
+        DatasetError: if it is missing or no json object; names the file and the position.
+
+    Example:
+        >>> read_json("annotations.json")
+        Traceback (most recent call last):
+        gn_practical.training.data.errors.DatasetError: annotations.json must exist. Check the path.
+    """
+    text = _read_text(path)
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DatasetError(
+            f"{path} must be valid json, got an error at line {error.lineno}, column "
+            f"{error.colno} (character {error.pos} of {len(text)}): {error.msg}. "
+            "The file may be incomplete: copy, download or write it again."
+        ) from None
+    if not isinstance(content, dict):
+        raise DatasetError(
+            f"{path} must hold a json object, got {type(content).__name__}. "
+            "COCO's format has the keys images, annotations and categories at its top level."
+        )
+    return content
+
+
+def _read_text(path: str | os.PathLike) -> str:
+    try:
+        size = os.path.getsize(path)
+        if size > _LARGE_FILE:
+            _logger.info("Reading %s (%.0f MB) ...", path, size / 1e6)
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DatasetError(f"{path} must exist. Check the path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path} must be a readable text file, got: {error}.") from None
+
+
+def read_categories(path: str | os.PathLike) -> list[Category]:
+    """Read the categories of a COCO json, sorted by id, without parsing the rest of the file.
+
+    Args:
+        path: an instances or a panoptic json.
+
+    Raises:
+        DatasetError: if there are none, or one lacks its id or name, or two share an id.
+
+    Example:
+        >>> read_categories("instances.json")  # doctest: +SKIP
+        [{'id': 1, 'name': 'person'}]
+    """
+    text, position = _read_text(path), -1
+    while (position := text.find('"categories"', position + 1)) >= 0:
+        start = text.find("[", position)
+        try:
+            categories = json.JSONDecoder().raw_decode(text, start)[0] if start >= 0 else None
+        except json.JSONDecodeError:
+            break
+        if _are_categories(categories):
+            return sort_categories(categories, path)
+    return sort_categories(read_json(path).get("categories"), path)
+
+
+def _are_categories(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(entry, dict) and {"id", "name"} <= entry.keys() for entry in value)
+    )
+
+
+def sort_categories(categories: object, path: str | os.PathLike) -> list[Category]:
+    """Check the ``categories`` of the json at `path` and sort them by id."""
+    if not _are_categories(categories):
+        raise DatasetError(
+            f"{path} must have a key 'categories' with a list of objects that have 'id' and 'name'."
+        )
+    categories = sorted(categories, key=lambda category: category["id"])
+    ids = [category["id"] for category in categories]
+    twice = sorted({a for a, b in itertools.pairwise(ids) if a == b})
+    if twice:
+        raise DatasetError(f"{path} must give every category its own id, got id={twice[0]} twice.")
+    return categories
+
+
+def instances_metadata(categories: list[Category]) -> dict[str, Any]:
+    """Make the metadata of a data set of instances from its categories, sorted by id."""
+    return {
+        "thing_classes": [category["name"] for category in categories],
+        "thing_colors": _colours(categories),
+        "thing_dataset_id_to_contiguous_id": {
+            category["id"]: index for index, category in enumerate(categories)
+        },
+    }
+
+
+def panoptic_metadata(categories: list[Category], path: str | os.PathLike) -> dict[str, Any]:
+    """Make the metadata of a panoptic data set from the categories of its json at `path`.
+
+    Raises:
+        DatasetError: if a category lacks ``isthing``, there are no things or no stuff, or more
+            than 254 stuff classes.
+    """
+    without = [category["name"] for category in categories if category.get("isthing") not in (0, 1)]
+    if without:
+        raise DatasetError(
+            f"{path} must say for every category whether it is a thing (isthing 0 or 1), "
+            f"missing for {len(without)}, the first is {without[0]!r}. "
+            "Is it an instances json? COCO_INSTANCES is for those."
+        )
+    things = [category for category in categories if category["isthing"]]
+    stuff = [category for category in categories if not category["isthing"]]
+    if not things or not 0 < len(stuff) < VOID:
+        raise DatasetError(
+            f"{path} must have at least one thing and 1 to {VOID - 1} stuff categories, "
+            f"got {len(things)} and {len(stuff)}."
+        )
+    return {
+        **instances_metadata(things),
+        "stuff_classes": ["things", *(category["name"] for category in stuff)],
+        "stuff_colors": [(82, 18, 128), *_colours(stuff)],
+        "stuff_dataset_id_to_contiguous_id": {
+            0: 0,
+            **{category["id"]: index for index, category in enumerate(stuff, start=1)},
+        },
+    }
+
+
+def _colours(categories: list[Category]) -> list[tuple[int, int, int]]:
+    """Take the categories' own colours, or else distinct ones that depend on the id alone."""
+    palette = colormap(rgb=True).astype(int)
+    return [
+        tuple(int(c) for c in category.get("color", palette[category["id"] % len(palette)]))
+        for category in categories
+    ]
+
+
+def stuff_labels(categories: list[Category], path: str | os.PathLike) -> dict[int, int]:
+    """Map every category id to its label in the stuff PNGs: 0 for all things, 1.. for stuff."""
+    stuff = panoptic_metadata(categories, path)["stuff_dataset_id_to_contiguous_id"]
+    return {
+        category["id"]: 0 if category["isthing"] else stuff[category["id"]]
+        for category in categories
+    }
+
+
+def rgb_to_id(rgb: np.ndarray) -> np.ndarray:
+    """Decode a panoptic PNG: id = R + 256 G + 256² B.
+
+    Shape:
+        ``(H, W, 3)`` uint8 to ``(H, W)`` uint32.
+
+    Example:
+        >>> rgb_to_id(np.array([[[2, 1, 0]]], dtype=np.uint8)).tolist()
+        [[258]]
+    """
+    return rgb.astype(np.uint32) @ np.array([1, 256, 65536], np.uint32)
+
+
+def id_to_rgb(ids: np.ndarray) -> np.ndarray:
+    """Encode segment ids as a panoptic PNG; the inverse of `rgb_to_id`."""
+    return np.stack([ids >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
+
+
+def mask_annotation(mask: np.ndarray) -> dict[str, Any]:
+    """Describe a mask as COCO does: compressed RLE, box ``[x, y, width, height]``, area.
+
+    Args:
+        mask: ``(H, W)``, bool, not empty.
+    """
+    rle = mask_util.encode(np.asfortranarray(mask, np.uint8))
+    return {
+        "segmentation": {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")},
+        "bbox": mask_box(mask),
+        "area": int(mask.sum()),
+    }
+
+
+def mask_box(mask: np.ndarray) -> list[int]:
+    """Bound a mask that is not empty: ``[x, y, width, height]`` in pixels."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    x, y = int(columns[0]), int(rows[0])
+    return [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1]

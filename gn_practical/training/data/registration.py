@@ -1,0 +1,254 @@
+"""Registration in Detectron2's catalogs: the embedded scenes and a user's own COCO-format data."""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import (
+    load_coco_json,
+    register_coco_instances,
+    register_coco_panoptic_separated,
+)
+
+from gn_practical.training.data.coco_format import (
+    instances_metadata,
+    panoptic_metadata,
+    read_categories,
+    read_json,
+)
+from gn_practical.training.data.errors import DatasetError
+from gn_practical.training.data.scenes import CATEGORIES
+
+# Read once, at import, as Detectron2 does for its own data sets: set DETECTRON2_DATASETS before.
+DATASETS_ROOT = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+SCENES_ROOT = os.path.join(DATASETS_ROOT, "scenes")
+
+
+class CocoInstances(NamedTuple):
+    """One entry of ``DATASETS.COCO_INSTANCES``."""
+
+    name: str
+    image_root: str
+    instances_json: str
+
+
+class CocoPanoptic(NamedTuple):
+    """One entry of ``DATASETS.COCO_PANOPTIC``."""
+
+    name: str
+    image_root: str
+    panoptic_root: str
+    panoptic_json: str
+    sem_seg_root: str
+    instances_json: str
+
+
+Definition = CocoInstances | CocoPanoptic
+
+_registered: dict[str, Definition] = {}  # what this module registered, by the name in the catalog
+
+
+def register_scenes() -> None:
+    """Register the embedded scenes; draws nothing (`check_datasets` does when they are used).
+
+    Names: ``scenes_{train,val}`` for instances, ``scenes_{train,val}_panoptic_separated`` for a
+    panoptic FPN and ``scenes_{train,val}_panoptic_stuffonly``. They lie in the folder ``scenes``
+    under the environment variable ``DETECTRON2_DATASETS`` (default ``datasets``) as it was when
+    this module was imported. A second call does nothing.
+
+    Example:
+        >>> register_scenes()
+        >>> MetadataCatalog.get("scenes_val").thing_classes
+        ['disc', 'box', 'triangle', 'star', 'ring']
+    """
+    things = [category for category in CATEGORIES if category["isthing"]]
+    for split in ("train", "val"):
+        images, stuff, instances_json, panoptic, panoptic_json = (
+            os.path.join(SCENES_ROOT, *parts)
+            for parts in (
+                ("images", split),
+                (f"panoptic_stuff_{split}",),
+                (f"instances_{split}.json",),
+                (f"panoptic_{split}",),
+                (f"panoptic_{split}.json",),
+            )
+        )
+        _register_instances(
+            CocoInstances(f"scenes_{split}", images, instances_json),
+            instances_metadata(things),
+        )
+        _register_panoptic(
+            CocoPanoptic(
+                f"scenes_{split}_panoptic", images, panoptic, panoptic_json, stuff, instances_json
+            ),
+            panoptic_metadata(CATEGORIES, panoptic_json),
+        )
+
+
+def register_datasets(cfg: CfgNode) -> None:
+    """Register the user's own data of ``DATASETS.COCO_INSTANCES`` and ``DATASETS.COCO_PANOPTIC``.
+
+    Class names and contiguous ids come from each json's ``categories``, in the order of their
+    ids, so that train and val of the same data agree. A panoptic entry is registered as
+    ``<name>_separated`` and ``<name>_stuffonly``, as Detectron2 does. An entry may come again, in
+    a later call. Where a json is missing the name is registered all the same, without classes:
+    `check_datasets` reports it if the run uses it.
+
+    Args:
+        cfg: a config with the keys of `add_pgn_config`.
+
+    Raises:
+        DatasetError: if an entry is malformed, its json is, or its name is taken.
+
+    Example:
+        >>> from detectron2.config import get_cfg
+        >>> from gn_practical import add_pgn_config
+        >>> cfg = get_cfg()
+        >>> add_pgn_config(cfg)
+        >>> cfg.DATASETS.COCO_INSTANCES = (("cells_train", "cells/images", "cells/train.json"),)
+        >>> register_datasets(cfg)
+        >>> "cells_train" in DatasetCatalog
+        True
+    """
+    for entry in _entries(cfg, "COCO_INSTANCES", CocoInstances):
+        path = entry.instances_json
+        _register_instances(entry, _metadata(path, lambda cats, _: instances_metadata(cats)))
+    for entry in _entries(cfg, "COCO_PANOPTIC", CocoPanoptic):
+        _register_panoptic(entry, _metadata(entry.panoptic_json, panoptic_metadata))
+
+
+def _metadata(path: str, make: Callable[[list, str], dict[str, Any]]) -> dict[str, Any]:
+    return make(read_categories(path), path) if os.path.isfile(path) else {}
+
+
+def _entries(cfg: CfgNode, key: str, form: type[Definition]) -> list[Definition]:
+    entries = cfg.DATASETS[key]
+    expected = f"(({', '.join(form._fields)}),)"
+    if not isinstance(entries, Sequence) or isinstance(entries, str):
+        raise DatasetError(
+            f"DATASETS.{key} must be a list of entries, got {entries!r}. Write {expected}."
+        )
+    for entry in entries:
+        is_list = isinstance(entry, Sequence) and not isinstance(entry, str)
+        if not is_list or len(entry) != len(form._fields) or not _are_texts(entry):
+            raise DatasetError(
+                f"Each entry of DATASETS.{key} must be {len(form._fields)} texts "
+                f"({', '.join(form._fields)}), got {entry!r}. "
+                f"Write {expected}, with the comma that ends a single entry."
+            )
+    return [form(entry[0], *(_absolute(path) for path in entry[1:])) for entry in entries]
+
+
+def _are_texts(values: Sequence[object]) -> bool:
+    return all(isinstance(value, str) and value for value in values)
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _is_new(name: str, definition: Definition) -> bool:
+    """Whether the name is free; raise if something else has it."""
+    known = _registered.get(name)
+    if known is None and name not in DatasetCatalog:
+        return True
+    if known == definition:
+        return False
+    raise DatasetError(
+        f"A data set's name must be free, got {name!r}, which is registered already"
+        + (f" as {tuple(known)}" if known else "")
+        + ". Choose another name."
+    )
+
+
+def _register_instances(entry: CocoInstances, metadata: dict[str, Any]) -> None:
+    if _is_new(entry.name, entry):
+        register_coco_instances(entry.name, {}, entry.instances_json, entry.image_root)
+        _registered[entry.name] = entry
+    MetadataCatalog.get(entry.name).set(**metadata)
+
+
+def _register_panoptic(entry: CocoPanoptic, metadata: dict[str, Any]) -> None:
+    separated, stuff_only = f"{entry.name}_separated", f"{entry.name}_stuffonly"
+    if all([_is_new(separated, entry), _is_new(stuff_only, entry)]):
+        register_coco_panoptic_separated(
+            entry.name,
+            {},
+            entry.image_root,
+            entry.panoptic_root,
+            entry.panoptic_json,
+            entry.sem_seg_root,
+            entry.instances_json,
+        )
+        # Detectron2's loader takes .jpg images only, demands equal categories in both jsons and
+        # leaves out the panoptic annotation.
+        DatasetCatalog[separated] = partial(load_panoptic, entry)
+        DatasetCatalog[stuff_only] = partial(load_stuff, entry)
+        _registered[separated] = _registered[stuff_only] = entry
+    for name in (separated, stuff_only):
+        MetadataCatalog.get(name).set(**metadata)
+
+
+def load_panoptic(entry: CocoPanoptic) -> list[dict[str, Any]]:
+    """Load a panoptic data set: one dict an image of the panoptic json, sorted by image id.
+
+    The keys are those of Detectron2's "separated" form (file_name, height, width, image_id,
+    annotations, sem_seg_file_name) and, as in its plain panoptic form, pan_seg_file_name and
+    segments_info. Category ids are contiguous.
+
+    Args:
+        entry: where the files lie.
+    """
+    metadata = MetadataCatalog.get(f"{entry.name}_separated")
+    things = metadata.thing_dataset_id_to_contiguous_id
+    instances = {
+        record["image_id"]: record["annotations"]
+        for record in load_coco_json(entry.instances_json, entry.image_root)
+    }
+    content = read_json(entry.panoptic_json)
+    images = {image["id"]: image for image in content["images"]}
+    records = []
+    for annotation in sorted(content["annotations"], key=lambda a: a["image_id"]):
+        image_id = annotation["image_id"]
+        annotations = instances.get(image_id, [])
+        for instance in annotations:
+            instance["category_id"] = things[instance["category_id"]]
+        records.append(
+            {
+                **_stuff_record(entry, images[image_id], annotation["file_name"]),
+                "pan_seg_file_name": os.path.join(entry.panoptic_root, annotation["file_name"]),
+                "segments_info": [_contiguous(s, metadata) for s in annotation["segments_info"]],
+                "annotations": annotations,
+            }
+        )
+    return records
+
+
+def load_stuff(entry: CocoPanoptic) -> list[dict[str, Any]]:
+    """Load the stuff labels alone of a panoptic data set, as Detectron2's "stuffonly" form."""
+    content = read_json(entry.panoptic_json)
+    images = {image["id"]: image for image in content["images"]}
+    return [
+        _stuff_record(entry, images[annotation["image_id"]], annotation["file_name"])
+        for annotation in sorted(content["annotations"], key=lambda a: a["image_id"])
+    ]
+
+
+def _stuff_record(entry: CocoPanoptic, image: dict[str, Any], png: str) -> dict[str, Any]:
+    return {
+        "file_name": os.path.join(entry.image_root, image["file_name"]),
+        "image_id": image["id"],
+        "height": image["height"],
+        "width": image["width"],
+        "sem_seg_file_name": os.path.join(entry.sem_seg_root, png),
+    }
+
+
+def _contiguous(segment: dict[str, Any], metadata: Any) -> dict[str, Any]:
+    things = metadata.thing_dataset_id_to_contiguous_id
+    is_thing = segment["category_id"] in things
+    ids = things if is_thing else metadata.stuff_dataset_id_to_contiguous_id
+    return {**segment, "category_id": ids[segment["category_id"]], "isthing": is_thing}

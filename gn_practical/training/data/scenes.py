@@ -1,0 +1,189 @@
+"""The embedded data set: drawn scenes in COCO's panoptic format, made when first needed."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.utils import comm
+from iopath.common.file_io import file_lock
+from PIL import Image
+from tqdm import tqdm
+
+from gn_practical.training.data.coco_format import VOID, id_to_rgb, mask_annotation, mask_box
+from gn_practical.training.data.drawing import STUFF_CLASSES, THING_CLASSES, Segment, draw_scene
+from gn_practical.training.data.errors import DatasetError
+
+IMAGE_SIZE = 128
+NUM_IMAGES = {"train": 400, "val": 100}
+
+_VERSION = 2  # raise it with every change of what is drawn: older files are then made anew
+_SEED = 20230203
+_ID_STEP = 70_001  # segment ids are multiples of it, so that they use all three channels of a PNG
+_COLOURS = {
+    **{"disc": (220, 20, 60), "box": (0, 130, 200), "triangle": (245, 130, 48)},
+    **{"star": (255, 225, 25), "ring": (145, 30, 180)},
+    **{"sky": (135, 190, 235), "grass": (70, 150, 60), "water": (30, 70, 140)},
+    **{"sand": (220, 200, 150)},
+}
+
+CATEGORIES = [
+    {"id": index, "name": name, "isthing": int(name in THING_CLASSES), "color": _COLOURS[name]}
+    for index, name in enumerate(THING_CLASSES + STUFF_CLASSES, start=1)
+]
+
+
+def ensure_scenes(
+    root: str | os.PathLike,
+    num_images: dict[str, int] | None = None,
+    size: int = IMAGE_SIZE,
+) -> None:
+    """Make the scenes under `root`, unless they are there, whole and of this version.
+
+    The files are written to a folder beside `root` that takes its name when it is whole. In a
+    distributed run every rank must call this; one rank of each machine draws, the others wait.
+    Takes about ten seconds.
+
+    Args:
+        root: folder of the data set.
+        num_images: images of each split; 400 to train on and 100 to validate.
+        size: side of the square images, in pixels.
+
+    Raises:
+        DatasetError: if `root` cannot be written; on all ranks.
+
+    Example:
+        >>> ensure_scenes("datasets/scenes")  # doctest: +SKIP
+    """
+    problem = None
+    if comm.get_local_rank() == 0:
+        try:
+            _ensure_scenes(Path(root), num_images or NUM_IMAGES, size)
+        except OSError as error:
+            problem = (
+                f"The embedded data set must be written to {Path(root).absolute()}, got: {error}. "
+                "Set the environment variable DETECTRON2_DATASETS to a folder that can be written."
+            )
+    # A barrier that also tells: a rank that raised alone would leave the others waiting.
+    problems = [text for text in comm.all_gather(problem) if text]
+    if problems:
+        raise DatasetError(problems[0])
+
+
+def _ensure_scenes(root: Path, num_images: dict[str, int], size: int) -> None:
+    wanted = {"version": _VERSION, "num_images": num_images, "size": size}
+    if _is_whole(root, wanted):
+        return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(str(root)):  # other runs on this machine may start at the same moment
+        if _is_whole(root, wanted):
+            return
+        unfinished = root.with_name(root.name + ".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        _write_scenes(unfinished, num_images, size)
+        files = {str(p.relative_to(unfinished)): p.stat().st_size for p in _files(unfinished)}
+        (unfinished / "version.json").write_text(json.dumps({**wanted, "files": files}))
+        _replace(root, unfinished)
+
+
+def _replace(root: Path, new: Path) -> None:
+    """Give `new` the name `root`; an older data set of ours is removed, nothing else."""
+    old = root.with_name(root.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if root.exists():
+        foreign = {path.name for path in root.iterdir()} - {path.name for path in new.iterdir()}
+        if foreign:
+            raise FileExistsError(
+                f"the folder holds something else, the first is {min(foreign)!r}; move it away"
+            )
+        root.rename(old)
+    new.rename(root)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_whole(root: Path, wanted: dict[str, Any]) -> bool:
+    """Whether the version file is the wanted one and all files have the sizes it lists."""
+    try:
+        found = json.loads((root / "version.json").read_text())
+        files = found.pop("files")
+        sizes_agree = all((root / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
+    return sizes_agree and found == wanted
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def _write_scenes(root: Path, num_images: dict[str, int], size: int) -> None:
+    with tqdm(total=sum(num_images.values()), desc="Drawing the scenes", unit="image") as progress:
+        for split_index, (split, count) in enumerate(num_images.items()):
+            for folder in ("images/", "panoptic_", "panoptic_stuff_"):
+                (root / f"{folder}{split}").mkdir(parents=True)
+            images, panoptic, instances = [], [], []
+            for index in range(count):
+                # A seed of its own for every image: no image depends on how many there are.
+                rng = np.random.default_rng([_SEED, split_index, index])
+                pixels, segments = draw_scene(rng, size)
+                stem = f"{index + 1:06d}"
+                image = {"id": index + 1, "file_name": f"{stem}.jpg", "width": size, "height": size}
+                images.append(image)
+                panoptic.append(_write_image(root, split, image, pixels, segments))
+                instances += _instances(image["id"], segments, first_id=len(instances) + 1)
+                progress.update()
+            _write_jsons(root, split, images, panoptic, instances)
+
+
+def _write_image(
+    root: Path, split: str, image: dict[str, Any], pixels: np.ndarray, segments: list[Segment]
+) -> dict[str, Any]:
+    """Write the three files of an image; return its panoptic annotation."""
+    ids = np.zeros(pixels.shape[:2], np.uint32)
+    labels = np.full(pixels.shape[:2], VOID, np.uint8)
+    infos = []
+    for number, segment in enumerate(segments, start=1):
+        ids[segment.mask] = number * _ID_STEP
+        labels[segment.mask] = 0 if segment.is_thing else segment.class_index + 1
+        infos.append({"id": number * _ID_STEP, **_describe(segment)})
+    png = image["file_name"].replace(".jpg", ".png")
+    Image.fromarray(pixels).save(root / "images" / split / image["file_name"], quality=95)
+    Image.fromarray(id_to_rgb(ids)).save(root / f"panoptic_{split}" / png)
+    Image.fromarray(labels).save(root / f"panoptic_stuff_{split}" / png)
+    return {"image_id": image["id"], "file_name": png, "segments_info": infos}
+
+
+def _describe(segment: Segment) -> dict[str, Any]:
+    return {
+        "category_id": 1 + segment.class_index + (0 if segment.is_thing else len(THING_CLASSES)),
+        "area": int(segment.mask.sum()),
+        "bbox": mask_box(segment.mask),
+        "iscrowd": 0,
+    }
+
+
+def _instances(image_id: int, segments: list[Segment], first_id: int) -> list[dict[str, Any]]:
+    things = [segment for segment in segments if segment.is_thing]
+    return [
+        {"id": number, "image_id": image_id, **_describe(thing), **mask_annotation(thing.mask)}
+        for number, thing in enumerate(things, start=first_id)
+    ]
+
+
+def _write_jsons(
+    root: Path,
+    split: str,
+    images: list[dict[str, Any]],
+    panoptic: list[dict[str, Any]],
+    instances: list[dict[str, Any]],
+) -> None:
+    things = [category for category in CATEGORIES if category["isthing"]]
+    for name, annotations, categories in (
+        ("panoptic", panoptic, CATEGORIES),
+        ("instances", instances, things),
+    ):
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (root / f"{name}_{split}.json").write_text(json.dumps(content))

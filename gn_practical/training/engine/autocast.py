@@ -1,0 +1,120 @@
+"""Training steps in any precision, on CUDA and on the CPU, that leave out what is not finite."""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gn_practical.training.engine.bad_steps import (
+    BadSteps,
+    describe_step,
+    gradients_are_finite,
+    losses_are_finite,
+)
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class AutocastTrainer(SimpleTrainer):
+    """A ``SimpleTrainer`` with autocast on any device, and without steps that are not finite.
+
+    Detectron2's ``AMPTrainer`` asserts CUDA and always scales the loss; this one takes the device
+    of the model and scales the loss for float16 alone. Detectron2's trainers look at the losses
+    alone, on the main rank, where the others would wait for ever; this one looks at the gradients
+    too, and all ranks decide alike. Of a bad step no weight, momentum or running statistic stays.
+
+    Args:
+        model: returns a dict of losses.
+        data_loader: infinite, as ``build_detection_train_loader`` makes it.
+        optimizer: of the model's parameters.
+        dtype: "float16" or "bfloat16"; None for the precision of the parameters.
+        bad_steps: what becomes of them; by default the first one is an error.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable[Any],
+        optimizer: torch.optim.Optimizer,
+        dtype: str | None = None,
+        bad_steps: BadSteps | None = None,
+    ) -> None:
+        super().__init__(model, data_loader, optimizer)
+        self.device = next(model.parameters()).device.type
+        self.dtype = DTYPES[dtype] if dtype else None
+        self.grad_scaler = torch.amp.GradScaler(self.device, enabled=self.dtype is torch.float16)
+        self.bad_steps = bad_steps or BadSteps()
+        self._statistics = _running_statistics(model) if self.bad_steps.max_skipped else []
+        self._statistics_before = [statistic.clone() for statistic in self._statistics]
+
+    def run_step(self) -> None:
+        """Compute the losses under autocast, then step in the precision of the parameters."""
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        _copy(self._statistics, self._statistics_before)
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype is not None):
+            loss_dict = self.model(data)
+            loss = sum(loss_dict.values())
+        self.optimizer.zero_grad()
+        # The factor is 1, or NaN where the loss is not finite: then the gradients are NaN too,
+        # on every rank once they are averaged, and no rank needs to be told.
+        self.grad_scaler.scale(loss * (1 + 0 * loss.detach())).backward()
+        self.after_backward()
+        if gradients_are_finite(self.optimizer) or not self._is_bad(loss_dict, data):
+            self._write_metrics(loss_dict, data_time)
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        self._write_counts()
+
+    def _is_bad(self, loss_dict: dict[str, Tensor], data: Iterable[Any]) -> bool:
+        """Undo and keep the step; unless the loss was scaled too far, which the scaler undoes."""
+        step = describe_step(self.iter, self.model, loss_dict, data)
+        if losses_are_finite(step) and self.grad_scaler.get_scale() > 1:
+            return False
+        _copy(self._statistics_before, self._statistics)
+        self.bad_steps.add(step)
+        return True
+
+    def _write_counts(self) -> None:
+        storage = get_event_storage()
+        if self.bad_steps.skipped:
+            storage.put_scalar("skipped_steps", self.bad_steps.skipped, smoothing_hint=False)
+        if self.grad_scaler.is_enabled():
+            storage.put_scalar("grad_scale", self.grad_scaler.get_scale(), smoothing_hint=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the optimizer, the loss scale and the count of bad steps."""
+        return {
+            **super().state_dict(),
+            "grad_scaler": self.grad_scaler.state_dict(),
+            "skipped_steps": self.bad_steps.skipped,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, or the trainers of Detectron2."""
+        super().load_state_dict(state_dict)
+        self.bad_steps.skipped = state_dict.get("skipped_steps", 0)
+        if state_dict.get("grad_scaler"):
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def _running_statistics(model: nn.Module) -> list[Tensor]:
+    """The forward pass alone changes these, so leaving out the optimizer's step is not enough."""
+    return [
+        buffer
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        for buffer in module.buffers()
+        if buffer.is_floating_point()
+    ]
+
+
+def _copy(source: list[Tensor], target: list[Tensor]) -> None:
+    if source:
+        torch._foreach_copy_(target, source)

@@ -1,0 +1,183 @@
+"""What can be known to fail is said before hours are spent."""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.utils import comm
+from torch import nn
+
+from gn_practical.config import add_pgn_config
+from gn_practical.layers import PracticalGroupNorm
+from gn_practical.training.checkpoint.files import LAST, newest_whole
+from gn_practical.training.config.values import check_values
+from gn_practical.training.data import check_datasets
+from gn_practical.training.engine.autocast import DTYPES
+
+
+def check_run(
+    cfg: CfgNode,
+    eval_only: bool = False,
+    resume: bool = False,
+    check_data: Callable[..., None] = check_datasets,
+) -> None:
+    """Check a config against the machine, the files and the data, before anything is built.
+
+    Args:
+        cfg: the config, its data sets registered.
+        eval_only: check what an evaluation needs alone.
+        resume: a checkpoint in ``OUTPUT_DIR`` will be taken in place of ``MODEL.WEIGHTS``.
+        check_data: called with ``cfg`` and ``eval_only``; for detection by default.
+
+    Raises:
+        ValueError: with the key, its value and the way out; ``DatasetError`` for data.
+    """
+    check_values(cfg)
+    _check_device(cfg)
+    _check_architecture(cfg)
+    _check_expected_results(cfg.TEST.EXPECTED_RESULTS)
+    _check_weights(cfg, resume)
+    if not eval_only:
+        _check_precision(cfg)
+        _check_solver(cfg.SOLVER)
+        if os.path.isfile(os.path.join(cfg.OUTPUT_DIR, LAST)) and not resume:
+            logging.getLogger(__name__).warning(
+                "%s holds checkpoints of an earlier run, which this one overwrites. "
+                "Add --resume to continue it, or choose another OUTPUT_DIR.",
+                cfg.OUTPUT_DIR,
+            )
+    check_data(cfg, eval_only=eval_only)
+
+
+def check_model(cfg: CfgNode, model: nn.Module) -> None:
+    """Warn of a recipe that is known to fail, and of keys for norms that are not there.
+
+    The recipe: frozen statistics that were never learned.
+
+    Args:
+        cfg: the config of the model.
+        model: as it was built.
+    """
+    _name_idle_keys(cfg, model)
+    frozen = sum(isinstance(module, FrozenBatchNorm2d) for module in model.modules())
+    if frozen and not cfg.MODEL.WEIGHTS:
+        logging.getLogger(__name__).warning(
+            "%d FrozenBN layers have the statistics of no data, for MODEL.WEIGHTS is empty: such a "
+            "network hardly trains. Give pretrained weights, or set the NORM keys to PGN.",
+            frozen,
+        )
+
+
+def _name_idle_keys(cfg: CfgNode, model: nn.Module) -> None:
+    """Warn of ``MODEL.PGN`` keys that were changed and decide nothing in this model."""
+    defaults = get_cfg()
+    add_pgn_config(defaults)
+    changed = [key for key, value in defaults.MODEL.PGN.items() if cfg.MODEL.PGN[key] != value]
+    if not any(isinstance(module, PracticalGroupNorm) for module in model.modules()):
+        idle, reason = changed, "the model has no PGN norm: set the NORM keys to PGN"
+    else:
+        by_rule = ("RULE", "ACTIVATION")
+        idle = [key for key in changed if key in by_rule and cfg.MODEL.PGN.NUM_GROUPS]
+        reason = "MODEL.PGN.NUM_GROUPS is not 0"
+    if idle:
+        logging.getLogger(__name__).warning(
+            "%s %s no effect, for %s.",
+            ", ".join(f"MODEL.PGN.{key}" for key in idle),
+            *("has" if len(idle) == 1 else "have", reason),
+        )
+
+
+def _check_device(cfg: CfgNode) -> None:
+    device = cfg.MODEL.DEVICE
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"MODEL.DEVICE must be a device of PyTorch, got MODEL.DEVICE={device!r}. Take cuda, "
+            "cpu, or auto for cuda where there is a GPU."
+        ) from None
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"MODEL.DEVICE must be a device of this machine, got MODEL.DEVICE={device}, and "
+            "PyTorch finds no CUDA GPU. Add MODEL.DEVICE cpu, or install a PyTorch that fits the "
+            "driver."
+        )
+
+
+def _check_weights(cfg: CfgNode, resume: bool) -> None:
+    weights = cfg.MODEL.WEIGHTS
+    url = urlparse(weights)
+    if not weights or url.scheme or os.path.isfile(url.path):
+        return
+    # Asked last, for it reads a whole checkpoint, on every rank, as the checkpointer will again.
+    if not (resume and newest_whole(cfg.OUTPUT_DIR)[0]):
+        raise ValueError(
+            f"MODEL.WEIGHTS must be a file, a URL or empty, got MODEL.WEIGHTS={weights}, which "
+            'does not exist. Correct the path, or add MODEL.WEIGHTS "" to start from scratch.'
+        )
+
+
+def _check_precision(cfg: CfgNode) -> None:
+    amp, device = cfg.SOLVER.AMP, cfg.MODEL.DEVICE
+    if amp.DTYPE not in DTYPES:
+        raise ValueError(
+            f"SOLVER.AMP.DTYPE must be one of {', '.join(DTYPES)}, got SOLVER.AMP.DTYPE="
+            f"{amp.DTYPE}. Correct the value."
+        )
+    if amp.ENABLED and amp.DTYPE == "float16" and not device.startswith("cuda"):
+        raise ValueError(
+            f"SOLVER.AMP.DTYPE must be bfloat16 on {device} with SOLVER.AMP.ENABLED, got "
+            "SOLVER.AMP.DTYPE=float16. Add SOLVER.AMP.DTYPE bfloat16."
+        )
+
+
+def _check_architecture(cfg: CfgNode) -> None:
+    model = cfg.MODEL
+    if model.META_ARCHITECTURE == "PanopticFPN" and not model.MASK_ON:
+        raise ValueError(
+            "MODEL.MASK_ON must be True for a PanopticFPN, got MODEL.MASK_ON=False: its segments "
+            "are its masks. Add MODEL.MASK_ON True, or take MODEL.META_ARCHITECTURE "
+            "GeneralizedRCNN."
+        )
+    if cfg.TEST.AUG.ENABLED and model.META_ARCHITECTURE != "GeneralizedRCNN":
+        raise ValueError(
+            "TEST.AUG.ENABLED must be False but for a GeneralizedRCNN, got TEST.AUG.ENABLED=True "
+            f"for a {model.META_ARCHITECTURE}. Add TEST.AUG.ENABLED False."
+        )
+
+
+def _check_expected_results(expected: Sequence[Any]) -> None:
+    """Detectron2 looks at them when training has ended."""
+    for entry in expected:
+        if not isinstance(entry, list | tuple) or len(entry) != 4:
+            raise ValueError(
+                "TEST.EXPECTED_RESULTS must hold (task, metric, value, tolerance), got "
+                f"TEST.EXPECTED_RESULTS={expected!r}. Write it like "
+                '(("bbox", "AP", 38.5, 0.2),).'
+            )
+
+
+def _check_solver(solver: CfgNode) -> None:
+    world_size, reference = comm.get_world_size(), solver.REFERENCE_WORLD_SIZE
+    if reference and solver.IMS_PER_BATCH % reference:
+        raise ValueError(
+            "SOLVER.IMS_PER_BATCH must be divisible by SOLVER.REFERENCE_WORLD_SIZE, got "
+            f"{solver.IMS_PER_BATCH} and {reference}. Add SOLVER.REFERENCE_WORLD_SIZE 0 to take "
+            "batch, learning rate and schedule as they are written."
+        )
+    batch = solver.IMS_PER_BATCH // reference * world_size if reference else solver.IMS_PER_BATCH
+    if batch % world_size or batch < 1:
+        raise ValueError(
+            "SOLVER.IMS_PER_BATCH must be a positive multiple of the number of processes, got "
+            f"SOLVER.IMS_PER_BATCH={batch} for {world_size}. Change one of them."
+        )
+    if solver.MAX_ITER in solver.STEPS:
+        raise ValueError(
+            "SOLVER.STEPS must end before SOLVER.MAX_ITER, got SOLVER.STEPS="
+            f"{tuple(solver.STEPS)} and SOLVER.MAX_ITER={solver.MAX_ITER}. Move or drop that step."
+        )

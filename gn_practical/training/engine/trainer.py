@@ -1,0 +1,231 @@
+"""``Trainer``: Detectron2's ``DefaultTrainer`` with PGN models, PQ and AP, on CUDA and the CPU."""
+
+import json
+import logging
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader
+from detectron2.engine import (
+    DefaultTrainer,
+    HookBase,
+    TrainerBase,
+    create_ddp_model,
+    hooks,
+)
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
+from torch import nn
+
+from gn_practical.modeling import bind_model, build_model
+from gn_practical.training.checkpoint import GroupsCheckpointer
+from gn_practical.training.checkpoint.best import BestCheckpoint
+from gn_practical.training.data import CheckedDatasetMapper, skipped_samples
+from gn_practical.training.data.loader import build_train_loader
+from gn_practical.training.data.seeding import run_seed
+from gn_practical.training.engine.autocast import AutocastTrainer
+from gn_practical.training.engine.bad_steps import BadSteps, CountSkippedSamples
+from gn_practical.training.engine.checks import check_model
+from gn_practical.training.engine.isometry_hook import IsometryHook
+from gn_practical.training.engine.metrics import BoundHistories, SteadyWriter, forget_metrics
+from gn_practical.training.engine.signals import EXIT_INTERRUPTED, STOP, Agreement, Interrupted
+from gn_practical.training.engine.training_state import TrainingState
+from gn_practical.training.evaluation import (
+    build_evaluator,
+    plot_metrics,
+    results_table,
+    write_results,
+)
+
+
+class PlotCurves(HookBase):
+    """Draws ``curves.png`` from ``metrics.json`` when training ends, however it ends."""
+
+    def __init__(self, output_dir: str) -> None:
+        self.output_dir = output_dir
+
+    def after_train(self) -> None:
+        """Draw; a failure is logged and does not hide what ended the training."""
+        path = os.path.join(self.output_dir, "curves.png")
+        try:
+            plot_metrics(os.path.join(self.output_dir, "metrics.json"), path)
+        except Exception as error:
+            logging.getLogger(__name__).warning("The curves could not be drawn: %s", error)
+        else:
+            logging.getLogger(__name__).info("Curves of losses and metrics: %s", path)
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's ``DefaultTrainer`` for models with "PGN" norms.
+
+    What it adds: models from :func:`gn_practical.build_model`, with their table of groups in
+    ``OUTPUT_DIR/num_groups.json``; checkpoints that know their groups; mixed precision in float16
+    and bfloat16; training on CPU ranks; the evaluators of :mod:`gn_practical.training.evaluation`,
+    their table, ``results.json`` and pictures; curves when training ends.
+
+    Args:
+        cfg: a config with the keys of :func:`gn_practical.add_pgn_config`.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        # As DefaultTrainer's own, which cannot be called: it passes a device index to
+        # DistributedDataParallel on the CPU too, and knows one kind of mixed precision.
+        TrainerBase.__init__(self)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        device_ids = {} if cfg.MODEL.DEVICE.startswith("cuda") else {"device_ids": None}
+        model = create_ddp_model(model, broadcast_buffers=False, **device_ids)
+        dtype = cfg.SOLVER.AMP.DTYPE if cfg.SOLVER.AMP.ENABLED else None
+        bad_steps = BadSteps(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_SKIPPED_STEPS)
+        self._trainer = AutocastTrainer(model, data_loader, optimizer, dtype, bad_steps)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.state = TrainingState(run_seed(cfg), data_loader)
+        self.checkpointer = GroupsCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            keep_last=cfg.SOLVER.CHECKPOINT_KEEP_LAST,
+            trainer=weakref.proxy(self),
+            training_state=self.state,
+        )
+        self.checkpointer.copy_beside(optimizer)
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Return Detectron2's hooks, evaluation with augmentation where asked, and curves."""
+        built = super().build_hooks()
+        if self.cfg.TEST.AUG.ENABLED:
+            built.append(hooks.EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model)))
+        if comm.is_main_process():
+            if self.cfg.TEST.BEST_METRIC:
+                best = (self.cfg.TEST.BEST_METRIC, self.cfg.TEST.EVAL_PERIOD)
+                built.append(BestCheckpoint(self.checkpointer, *best))
+            built.append(PlotCurves(self.cfg.OUTPUT_DIR))
+            if self.cfg.DATALOADER.MAX_SKIPPED_SAMPLES:
+                # First, so that what it logs is there when the writers write.
+                built.insert(0, CountSkippedSamples(skipped_samples(self.cfg)))
+            if self.cfg.SOLVER.AUDIT_PERIOD:
+                built.insert(0, IsometryHook(self.cfg.SOLVER.AUDIT_PERIOD))
+        return [BoundHistories(), *built]
+
+    def build_writers(self) -> list[EventWriter]:
+        """Return Detectron2's writers, which cannot end the training here."""
+        return [SteadyWriter(writer) for writer in super().build_writers()]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on from the last checkpoint of ``OUTPUT_DIR``, or load ``MODEL.WEIGHTS``."""
+        super().resume_or_load(resume)
+        if self.start_iter:
+            self.state.warn_if_fresh()
+            if comm.is_main_process():
+                forget_metrics(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter)
+
+    def train(self) -> dict[str, Any] | None:
+        """Train; stop after a step if a signal asks for it, with a checkpoint of it.
+
+        Raises:
+            Interrupted: if it was stopped.
+        """
+        with STOP.handled(), STOP.held():
+            self._agreement = Agreement()
+            try:
+                results = super().train()
+            finally:
+                self._trainer.reset_data_loader(lambda: self.state.loader)  # ends its workers
+            self._agreement.finish()
+            self.checkpointer.wait()
+            return results
+
+    def run_step(self) -> None:
+        """Run a step, with random numbers that follow from the iteration."""
+        self.state.begin_step(self.iter)
+        super().run_step()
+
+    def after_step(self) -> None:
+        """Run the hooks, and stop here if a signal has asked for it.
+
+        An evaluation is left at once: it can be redone. The other ranks may still be in it, so
+        that they are not waited for.
+        """
+        try:
+            super().after_step()
+        except Interrupted:
+            self._save_and_say_so()
+            raise
+        if self._agreement.stop(bool(STOP.received)) and self.iter + 1 < self.max_iter:
+            self._save_and_say_so()
+            comm.synchronize()  # a launcher ends the other ranks as soon as one has ended
+            raise Interrupted
+
+    def _save_and_say_so(self) -> None:
+        STOP.ignore()
+        if (self.iter + 1) % self.cfg.SOLVER.CHECKPOINT_PERIOD:  # else it has been saved
+            self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+        self.checkpointer.wait()
+        logging.getLogger(__name__).warning(
+            "Stopped by %s after iteration %d. --resume goes on from there; exit code %d.",
+            *(STOP.received.name if STOP.received else "a signal to another rank", self.iter),
+            EXIT_INTERRUPTED,
+        )
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Build the model and save its table of groups beside the checkpoints to come."""
+        model = build_model(cfg)
+        check_model(cfg, model)
+        if comm.is_main_process():
+            table = [asdict(binding) for binding in bind_model(model, cfg)]
+            with open(os.path.join(cfg.OUTPUT_DIR, "num_groups.json"), "w") as file:
+                json.dump(table, file, indent=1)
+        return model
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
+        """Return a loader that a checkpoint can position, with errors that name the file."""
+        return build_train_loader(cfg, CheckedDatasetMapper(cfg, is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
+        """Return Detectron2's loader, with errors that name the file."""
+        mapper = CheckedDatasetMapper(cfg, is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
+        """Return the evaluators that the data set's metadata ask for."""
+        return build_evaluator(cfg, dataset_name, output_folder)
+
+    @classmethod
+    def test(
+        cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None
+    ) -> dict[str, Any]:
+        """Evaluate on ``cfg.DATASETS.TEST``, log one table and write ``results.json``."""
+        with STOP.held(False):
+            results = super().test(cfg, model, evaluators)
+        if comm.is_main_process() and results:
+            path = os.path.join(cfg.OUTPUT_DIR, "results.json")
+            write_results(results, path)
+            logging.getLogger(__name__).info("Results (%s):\n%s", path, results_table(results))
+        return results
+
+    @classmethod
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        """Evaluate with test-time augmentation, as ``TEST.AUG`` says; R-CNN models only."""
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        with STOP.held(False):
+            results = super().test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return OrderedDict({f"{key}_TTA": value for key, value in results.items()})

@@ -1,0 +1,188 @@
+"""Pictures of predictions beside the ground truth, drawn while a data set is evaluated."""
+
+import json
+import logging
+import os
+from functools import cached_property
+
+import cv2
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import BoxMode
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage, has_event_storage
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.visualizer import GenericMask
+from PIL import Image
+
+from gn_practical.training.data.coco_format import rgb_to_id
+from gn_practical.training.evaluation.panoptic import split_panoptic_labels
+from gn_practical.training.evaluation.segments import (
+    Segment,
+    draw_segments,
+    instance_segments,
+    panoptic_segments,
+    semantic_segments,
+)
+from gn_practical.training.evaluation.sem_seg import read_label_image
+
+logger = logging.getLogger(__name__)
+
+_PANEL_WIDTH = (512, 1024)  # px: small images are enlarged until their texts are readable
+_GAP = 8
+_BAR = 32
+
+
+class PictureEvaluator(DatasetEvaluator):
+    """Draw the first predictions beside the ground truth; it measures nothing.
+
+    It rides along with other evaluators in their pass over the data. Panoptic segments are drawn
+    where the model predicts them, else instances, else semantic classes. Each picture is written
+    to ``output_dir/<image>.png`` and, during training, put into the ``EventStorage``
+    ("pictures/<image>"), from where it reaches TensorBoard. Only the main rank draws, of its own
+    images. What goes wrong here is logged as a warning and never stops an evaluation.
+
+    Args:
+        dataset_name: a registered data set.
+        output_dir: folder of the pictures.
+        num_pictures: number of images to draw at each evaluation.
+        min_score: instances below this score, in [0, 1], are left out of the picture.
+
+    Example:
+        >>> evaluator = PictureEvaluator("coco_2017_val", "output/pictures", num_pictures=4)
+    """
+
+    def __init__(
+        self, dataset_name: str, output_dir: str, num_pictures: int = 8, min_score: float = 0.5
+    ) -> None:
+        self._dataset_name = dataset_name
+        self._metadata = MetadataCatalog.get(dataset_name)
+        self._output_dir = output_dir
+        self._num_pictures = num_pictures
+        self._min_score = min_score
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin again with the first image."""
+        self._remaining = self._num_pictures if comm.is_main_process() else 0
+        self._drawn = 0
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Draw what is still to be drawn.
+
+        Args:
+            inputs: dicts with "file_name" and "image_id".
+            outputs: dicts with "panoptic_seg", "instances" or "sem_seg".
+        """
+        for image, output in zip(inputs, outputs, strict=True):
+            if self._remaining == 0:
+                return
+            self._remaining -= 1
+            try:
+                self._save(image["file_name"], self._draw(image, output))
+            except Exception:  # a picture is never worth an evaluation
+                logger.warning("No picture of %s", image.get("file_name"), exc_info=True)
+
+    def evaluate(self) -> None:
+        """Say where the pictures are; there are no results."""
+        if self._drawn:
+            logger.info("%d pictures saved to %s", self._drawn, self._output_dir)
+        for name in ("_records", "_panoptic_annotations"):  # no need to keep them until next time
+            self.__dict__.pop(name, None)
+
+    def _draw(self, image: dict, output: dict) -> np.ndarray:
+        if "panoptic_seg" in output:
+            prediction = self._predicted_panoptic(*output["panoptic_seg"])
+            title, truth = "prediction", self._true_panoptic(image)
+        elif "instances" in output:
+            title, prediction = self._predicted_instances(output["instances"].to("cpu"))
+            truth = self._true_instances(image)
+        else:
+            labels = output["sem_seg"].argmax(dim=0).cpu().numpy()
+            title, prediction = "prediction", semantic_segments(labels, self._metadata)
+            truth = self._true_semantic(image)
+        pixels = read_image(image["file_name"], format="RGB")
+        width = int(np.clip(pixels.shape[1], *_PANEL_WIDTH))
+        panels = [draw_segments(pixels, segments, width) for segments in (prediction, truth)]
+        return _side_by_side(panels, [title, "ground truth"])
+
+    def _save(self, image_file: str, picture: np.ndarray) -> None:
+        name = os.path.splitext(os.path.basename(image_file))[0]
+        os.makedirs(self._output_dir, exist_ok=True)
+        Image.fromarray(picture).save(os.path.join(self._output_dir, f"{name}.png"))
+        if has_event_storage():
+            get_event_storage().put_image(f"pictures/{name}", picture.transpose(2, 0, 1))
+        self._drawn += 1
+
+    def _predicted_panoptic(self, segment_ids, segments_info) -> list[Segment]:  # noqa: ANN001
+        segment_ids = segment_ids.cpu().numpy()
+        if segments_info is None:
+            segment_ids, segments_info = split_panoptic_labels(segment_ids, self._metadata)
+        return panoptic_segments(segment_ids, segments_info, self._metadata)
+
+    def _predicted_instances(self, instances) -> tuple[str, list[Segment]]:  # noqa: ANN001
+        kept = instances[instances.scores >= self._min_score]
+        segments = instance_segments(
+            kept.pred_boxes.tensor.numpy(),
+            kept.pred_classes.tolist(),
+            self._metadata,
+            masks=kept.pred_masks.numpy() if kept.has("pred_masks") else None,
+            scores=kept.scores.tolist(),
+        )
+        title = f"prediction: score >= {self._min_score:g} ({len(kept)} of {len(instances)})"
+        return title, segments
+
+    def _true_panoptic(self, image: dict) -> list[Segment]:
+        annotation = self._panoptic_annotations[image["image_id"]]
+        path = os.path.join(self._metadata.panoptic_root, annotation["file_name"])
+        with PathManager.open(path, "rb") as f:
+            segment_ids = rgb_to_id(np.array(Image.open(f).convert("RGB"))).astype(np.int32)
+        things = self._metadata.thing_dataset_id_to_contiguous_id
+        ids = {**self._metadata.stuff_dataset_id_to_contiguous_id, **things}
+        segments_info = [
+            {**s, "category_id": ids[s["category_id"]], "isthing": s["category_id"] in things}
+            for s in annotation["segments_info"]
+        ]
+        return panoptic_segments(segment_ids, segments_info, self._metadata)
+
+    def _true_instances(self, image: dict) -> list[Segment]:
+        record = self._records[image["file_name"]]
+        annotations = record.get("annotations", [])
+        boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+        has_masks = all("segmentation" in a for a in annotations)
+        height, width = record["height"], record["width"]
+        return instance_segments(
+            np.array(boxes).reshape(-1, 4),
+            [a["category_id"] for a in annotations],
+            self._metadata,
+            masks=[GenericMask(a["segmentation"], height, width).mask for a in annotations]
+            if has_masks
+            else None,
+            crowds=[a.get("iscrowd", 0) for a in annotations],
+        )
+
+    def _true_semantic(self, image: dict) -> list[Segment]:
+        labels = read_label_image(self._records[image["file_name"]]["sem_seg_file_name"])
+        return semantic_segments(labels, self._metadata)
+
+    @cached_property
+    def _records(self) -> dict[str, dict]:
+        return {record["file_name"]: record for record in DatasetCatalog.get(self._dataset_name)}
+
+    @cached_property
+    def _panoptic_annotations(self) -> dict[int, dict]:
+        with PathManager.open(self._metadata.panoptic_json) as f:
+            return {a["image_id"]: a for a in json.load(f)["annotations"]}
+
+
+def _side_by_side(panels: list[np.ndarray], titles: list[str]) -> np.ndarray:
+    height, width = panels[0].shape[:2]
+    canvas = np.full((height + _BAR, 2 * width + _GAP, 3), 255, dtype=np.uint8)
+    for index, (panel, title) in enumerate(zip(panels, titles, strict=True)):
+        left = index * (width + _GAP)
+        canvas[_BAR:, left : left + width] = panel
+        font = cv2.FONT_HERSHEY_SIMPLEX
+        cv2.putText(canvas, title, (left + 6, 22), font, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
+    return canvas

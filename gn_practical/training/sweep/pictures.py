@@ -1,0 +1,120 @@
+"""The pictures of a sweep: curves of every setting, and metrics against an axis."""
+
+import os
+import re
+from collections.abc import Callable
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gn_practical.training.evaluation.curves import read_metrics, smooth
+from gn_practical.training.sweep.plan import Plan, Run
+from gn_practical.training.sweep.runner import is_finished
+from gn_practical.training.sweep.summary import Cell, Row
+
+_MOST_CURVES = 20
+_LARGE_RANGE = 20
+
+
+def draw_pictures(plan: Plan, rows: list[Row], output: str) -> list[str]:
+    """Draw ``curves.png`` and one picture for each of the plan's ``pictures``.
+
+    Args:
+        plan: of the sweep.
+        rows: from :func:`gn_practical.training.sweep.summarize`.
+        output: the folder.
+
+    Returns:
+        The paths of what was drawn.
+    """
+    paths = []
+    if any(is_finished(run) for run in plan.runs):
+        paths.append(os.path.join(output, "curves.png"))
+        _draw_curves(plan, paths[-1])
+    for picture in plan.pictures:
+        x, y, lines = picture["x"], picture["y"], picture.get("lines", "")
+        name = re.sub(r"\W+", "_", f"{y}_against_{x}")
+        paths.append(os.path.join(output, f"{name}.png"))
+        _draw_axis(rows, plan.axes[x], x, y, lines, paths[-1])
+    return paths
+
+
+def _draw_curves(plan: Plan, path: str) -> None:
+    """Training loss and each metric over the iterations: mean over seeds, band from min to max."""
+    wanted = ["total_loss", *(m for m in plan.metrics if m != "train_loss")]
+    by_setting: dict[str, list[Run]] = {}
+    for run in filter(is_finished, plan.runs):
+        by_setting.setdefault(", ".join(run.setting.values()), []).append(run)
+    figure = Figure(figsize=(6 * len(wanted), 5), layout="constrained")
+    for index, name in enumerate(wanted):
+        axes = figure.add_subplot(1, len(wanted), index + 1)
+        for number, (label, runs) in enumerate(list(by_setting.items())[:_MOST_CURVES]):
+            _draw_band(axes, _curves(runs, name), label, f"C{number}")
+        axes.set(xlabel="iteration", title=name)
+        _scale(axes)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize="small", title=", ".join(plan.axes))
+    figure.savefig(path, dpi=110)
+
+
+def _curves(runs: list[Run], name: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    curves = []
+    for run in runs:
+        series = read_metrics(os.path.join(run.folder, "metrics.json"))
+        found = [value for key, value in series.items() if key == name or key.endswith("/" + name)]
+        curves += [(np.array(x), np.array(y)) for x, y in found[:1]]
+    return curves
+
+
+def _draw_band(
+    axes: Axes, curves: list[tuple[np.ndarray, np.ndarray]], label: str, color: str
+) -> None:
+    if not curves:
+        return
+    x = curves[0][0]
+    y = np.array([smooth(np.interp(x, *curve)) for curve in curves])
+    axes.plot(x, y.mean(0), color=color, label=label, marker="o" if len(x) < 12 else "")
+    axes.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, linewidth=0)
+
+
+def _draw_axis(rows: list[Row], labels: list[str], x: str, y: str, lines: str, path: str) -> None:
+    """One metric against one axis, mean and standard deviation, a line for each other setting."""
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.add_subplot()
+    others = list(dict.fromkeys(row.setting.get(lines, "") for row in rows))
+    numeric = all(_is_number(label) for label in labels)
+    place: Callable[[str], float] = float if numeric else lambda label: float(labels.index(label))
+    for other in others:
+        chosen = [row for row in rows if row.setting.get(lines, "") == other]
+        cells: list[Cell] = [row.cells[y] for row in chosen]
+        position = [place(row.setting[x]) for row in chosen]
+        spread = np.nan_to_num([cell.std for cell in cells])
+        means = [cell.mean for cell in cells]
+        axes.errorbar(position, means, spread, marker="o", capsize=3, label=other)
+    if numeric:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks([place(label) for label in labels], labels)
+    axes.minorticks_off()
+    axes.set(xlabel=x, ylabel=y)
+    _scale(axes)
+    axes.grid(alpha=0.3)
+    if lines:
+        axes.legend(title=lines)
+    figure.savefig(path, dpi=110)
+
+
+def _scale(axes: Axes) -> None:
+    """Take a logarithmic scale where a failed setting would press the others into one line."""
+    values = np.array([value for line in axes.lines for value in line.get_ydata()], float)
+    values = values[np.isfinite(values)]
+    if len(values) and 0 < values.min() < values.max() / _LARGE_RANGE:
+        axes.set_yscale("log")
+
+
+def _is_number(label: str) -> bool:
+    try:
+        return float(label) > 0
+    except ValueError:
+        return False

@@ -1,0 +1,188 @@
+"""The plan of a sweep: a YAML file, expanded into runs."""
+
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from gn_practical.training.config.overrides import override_pairs
+
+_REQUIRED = ("tool", "config", "axes", "seeds", "metrics")
+_OPTIONAL = ("overrides", "baseline", "pictures")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a sweep.
+
+    Attributes:
+        setting: axis → label of its value.
+        seed: the value of ``SEED``.
+        overrides: ``KEY``, ``VALUE`` in turn, without SEED and OUTPUT_DIR.
+        folder: its ``OUTPUT_DIR``.
+    """
+
+    setting: dict[str, str]
+    seed: int
+    overrides: tuple[str, ...]
+    folder: str
+
+    @property
+    def name(self) -> str:
+        """The setting and the seed, for people."""
+        return f"{', '.join(f'{k} {v}' for k, v in self.setting.items())}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep as its file describes it; :func:`read_plan` makes it."""
+
+    path: str
+    tool: str
+    config: str
+    axes: dict[str, list[str]]
+    seeds: list[int]
+    metrics: list[str]
+    baseline: dict[str, str]
+    pictures: list[dict[str, str]]
+    runs: list[Run]
+
+
+def read_plan(path: str, output: str, opts: Sequence[str] = (), seeds: Sequence[int] = ()) -> Plan:
+    """Read a sweep's file and expand it into every combination of its axes and seeds.
+
+    Args:
+        path: a YAML file with the keys
+
+            - ``tool``: the script of every run, relative to the file;
+            - ``config``: the config of every run, relative to the file;
+            - ``overrides``: {KEY: value} of every run (optional);
+            - ``axes``: {axis: {label: {KEY: value}}}, or {axis: {key: KEY, values: [...]}};
+            - ``seeds``: [1, 2, 3];
+            - ``metrics``: names in a run's ``results.json``, as "bbox/AP", or "train_loss";
+            - ``baseline``: {axis: label}, the settings that others are compared with (optional);
+            - ``pictures``: [{x: axis, y: metric, lines: axis}] (optional, ``lines`` too).
+        output: the folder of the sweep; each run has its own below it.
+        opts: ``KEY``, ``VALUE`` in turn for every run, after those of the file.
+        seeds: in place of the file's.
+
+    Raises:
+        ValueError: naming what is wrong in the file, and what would be right.
+
+    Example:
+        >>> plan = read_plan("configs/sweeps/quickstart.yaml", "output/sweep")
+        >>> len(plan.runs) == 4 * len(plan.seeds)
+        True
+    """
+    content = _load(path)
+    axes = {name: _values(path, name, axis) for name, axis in content["axes"].items()}
+    labels = {name: list(axis) for name, axis in axes.items()}
+    common = {**content.get("overrides", {}), **override_pairs(opts)}
+    seeds = list(seeds) or content["seeds"]
+    runs = [
+        _run(dict(zip(axes, choice, strict=True)), axes, common, seed, output)
+        for seed in seeds  # seed by seed: every setting has a result early on
+        for choice in itertools.product(*labels.values())
+    ]
+    plan = Plan(
+        path=path,
+        tool=os.path.normpath(os.path.join(os.path.dirname(path), content["tool"])),
+        config=os.path.normpath(os.path.join(os.path.dirname(path), content["config"])),
+        axes=labels,
+        seeds=seeds,
+        metrics=content["metrics"],
+        baseline={k: str(v) for k, v in content.get("baseline", {}).items()},
+        pictures=content.get("pictures", []),
+        runs=runs,
+    )
+    _check(plan)
+    return plan
+
+
+def _load(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"a sweep must be a readable YAML file, got {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"a sweep must be a YAML file of keys and values, got {path}.")
+    unknown = sorted(set(content) - {*_REQUIRED, *_OPTIONAL})
+    missing = [key for key in _REQUIRED if not content.get(key)]
+    if unknown or missing:
+        raise ValueError(
+            f"a sweep must have the keys {', '.join(_REQUIRED)} and may have "
+            f"{', '.join(_OPTIONAL)}, got {path} without {missing} and with unknown {unknown}."
+        )
+    return content
+
+
+def _values(path: str, name: str, axis: Any) -> dict[str, dict[str, Any]]:
+    """Return label → overrides of one axis."""
+    if isinstance(axis, dict) and set(axis) == {"key", "values"}:
+        return {str(value): {axis["key"]: value} for value in axis["values"]}
+    if not isinstance(axis, dict) or not all(isinstance(v, dict) for v in axis.values()):
+        raise ValueError(
+            f"an axis must be {{label: {{KEY: value}}}} or {{key: KEY, values: [...]}}, got axis "
+            f"{name} = {axis} in {path}."
+        )
+    return {str(label): overrides for label, overrides in axis.items()}
+
+
+def _run(
+    setting: dict[str, str],
+    axes: dict[str, dict[str, dict[str, Any]]],
+    common: dict[str, Any],
+    seed: int,
+    output: str,
+) -> Run:
+    overrides = dict(common)
+    for axis, label in setting.items():
+        overrides.update(axes[axis][label])
+    words = tuple(word for key, value in overrides.items() for word in (key, _word(value)))
+    parts = [re.sub(r"[^\w.=-]+", "_", f"{axis}-{label}") for axis, label in setting.items()]
+    return Run(setting, seed, words, os.path.join(output, "runs", *parts, f"seed-{seed}"))
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value)
+
+
+def _check(plan: Plan) -> None:
+    for key, file in (("tool", plan.tool), ("config", plan.config)):
+        if not os.path.isfile(file):
+            raise ValueError(
+                f"{key} must be a file, relative to {plan.path}, got {file}. Correct the path."
+            )
+    if not all(isinstance(seed, int) and seed >= 0 for seed in plan.seeds):
+        raise ValueError(f"seeds must be numbers from 0 on, got {plan.seeds}. Correct them.")
+    for picture in plan.pictures:
+        if not {"x", "y"} <= set(picture) <= {"x", "y", "lines"}:
+            raise ValueError(
+                f"a picture must be {{x: axis, y: metric, lines: axis}}, got {picture}."
+            )
+        if picture["y"] not in plan.metrics:
+            raise ValueError(f"y must be one of metrics {plan.metrics}, got {picture['y']}.")
+        for key in {"x", "lines"} & set(picture):
+            _check_axis(plan, key, picture[key])
+    for axis, label in plan.baseline.items():
+        _check_axis(plan, "baseline", axis)
+        if label not in plan.axes[axis]:
+            raise ValueError(
+                f"baseline must be a label of axis {axis}, {plan.axes[axis]}, got {label}."
+            )
+    folders = [run.folder for run in plan.runs]
+    if len(set(folders)) != len(folders):
+        raise ValueError(
+            f"labels and seeds must differ in letters and digits, got {plan.path} with two runs of "
+            "one folder. Rename a label or drop a seed."
+        )
+
+
+def _check_axis(plan: Plan, what: str, axis: str) -> None:
+    if axis not in plan.axes:
+        raise ValueError(f"{what} must name an axis of {list(plan.axes)}, got {axis}.")

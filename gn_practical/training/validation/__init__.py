@@ -1,0 +1,23 @@
+"""Validation of whole data sets before training: every image, PNG and annotation."""
+
+from gn_practical.training.validation.clean import write_clean
+from gn_practical.training.validation.findings import REASONS, Fault
+from gn_practical.training.validation.instances import InstancesTarget
+from gn_practical.training.validation.panoptic import PanopticTarget
+from gn_practical.training.validation.records import RecordsTarget
+from gn_practical.training.validation.report import Report, check_ending
+from gn_practical.training.validation.run import validate
+from gn_practical.training.validation.targets import targets_of
+
+__all__ = [
+    "REASONS",
+    "Fault",
+    "InstancesTarget",
+    "PanopticTarget",
+    "RecordsTarget",
+    "Report",
+    "check_ending",
+    "targets_of",
+    "validate",
+    "write_clean",
+]

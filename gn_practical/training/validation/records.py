@@ -1,0 +1,52 @@
+"""Faults of a data set without a COCO json: the files of Detectron2's own records."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from detectron2.data import DatasetCatalog
+
+from gn_practical.training.data.pool import Pool
+from gn_practical.training.validation.files import Decoded, decode_file
+from gn_practical.training.validation.findings import Fault
+from gn_practical.training.validation.images import describe_size
+
+_FILES = {
+    "file_name": "image",
+    "sem_seg_file_name": "stuff PNG",
+    "pan_seg_file_name": "panoptic PNG",
+}
+
+
+class RecordsTarget(NamedTuple):
+    """A data set of another format than COCO's, as Detectron2 loads it: its files alone.
+
+    Attributes:
+        json: the name in Detectron2's catalog.
+    """
+
+    json: str
+
+    def check(self, pool: Pool, decoded: dict[str, Decoded]) -> Iterator[Fault]:
+        """Yield all faults of files; see `InstancesTarget.check`."""
+        try:
+            records = DatasetCatalog.get(self.json)
+        except Exception as error:  # whatever the user's own loader raises
+            yield Fault("json unusable", self.json, detail=f"its loader raised {error!r}")
+            return
+        tasks = [
+            (index, record, key)
+            for index, record in enumerate(records)
+            for key in _FILES
+            if key in record
+        ]
+        new = list(dict.fromkeys(r[key] for _, r, key in tasks if r[key] not in decoded))
+        for path, facts in zip(new, pool.map(decode_file, new, self.json), strict=True):
+            decoded[path] = facts
+        for index, record, key in tasks:
+            facts, stated = decoded[record[key]], (record.get("width"), record.get("height"))
+            place = (self.json, (index,), record[key], record.get("image_id"), None)
+            if facts.state:
+                yield Fault(f"{_FILES[key]} {facts.state}", *place, facts.detail)
+            if facts.size not in (None, stated) and None not in stated:
+                detail = describe_size(facts, stated)
+                yield Fault(f"{_FILES[key]} of another size", *place, detail)

@@ -1,0 +1,143 @@
+"""The result of a validation: on the screen, and in a file."""
+
+import csv
+import json
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gn_practical.training.validation.findings import (
+    ERROR,
+    REASONS,
+    REASONS_OF_FILES,
+    WARNING,
+    Fault,
+)
+
+_COLUMNS = ("severity", "reason", "file", "image_id", "annotation_id", "detail", "json", "entry")
+
+
+@dataclass
+class Report:
+    """What was found in which jsons.
+
+    Attributes:
+        faults: in the order in which they were found.
+        checked: the jsons (or names of data sets) that were checked to their end.
+        unchecked: those that were not, after an interruption.
+    """
+
+    faults: list[Fault] = field(default_factory=list)
+    checked: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+    def add(self, fault: Fault) -> None:
+        """Add a fault."""
+        self.faults.append(fault)
+
+    def distinct(self) -> list[Fault]:
+        """Return the faults, those of a file once, though several jsons list it."""
+        distinct = {}
+        for fault in self.faults:
+            is_of_file = fault.reason in REASONS_OF_FILES
+            key = (fault.reason, fault.file, fault.detail) if is_of_file else fault
+            distinct.setdefault(key, fault)
+        return list(distinct.values())
+
+    def count(self, severity: str) -> int:
+        """Return the number of faults of a severity."""
+        return sum(fault.severity == severity for fault in self.distinct())
+
+    @property
+    def exit_code(self) -> int:
+        """0 if no error was found, 1 if one was, 130 after an interruption."""
+        return 130 if self.unchecked else int(self.count(ERROR) > 0)
+
+    def table(self, first: int = 5) -> str:
+        """Write the faults by reason.
+
+        Args:
+            first: faults listed of each reason; the number of all is said.
+        """
+        groups = defaultdict(list)
+        for fault in self.distinct():
+            groups[fault.reason].append(fault)
+        lines = []
+        for reason in sorted(groups, key=lambda r: (REASONS[r] != ERROR, -len(groups[r]))):
+            found = groups[reason]
+            lines.append(f"{REASONS[reason]}: {reason} ({len(found)})")
+            lines += [f"  {_line(fault)}" for fault in found[:first]]
+            if len(found) > first:
+                lines.append(f"  ... and {len(found) - first} more")
+        return "\n".join([*lines, self.summary(), ""])
+
+    def summary(self) -> str:
+        """Say in a line or two what was found where."""
+        text = f"{self.count(ERROR)} errors, {self.count(WARNING)} warnings in "
+        text += f"{', '.join(self.checked) or 'nothing'}."
+        if self.unchecked:
+            text += (
+                f"\nINTERRUPTED: this report is partial, {', '.join(self.unchecked)} "
+                "not checked to the end."
+            )
+        return text
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Save all faults as .json or .csv, by the ending of `path`.
+
+        Raises:
+            ValueError: if the ending is another or the file cannot be written.
+        """
+        check_ending(path)
+        rows = [_row(fault) for fault in self.distinct()]
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "w", encoding="utf-8", newline="") as file:
+                if Path(path).suffix == ".csv":
+                    writer = csv.DictWriter(file, _COLUMNS)
+                    writer.writeheader()
+                    writer.writerows(rows)
+                else:
+                    json.dump(self._content(rows), file, indent=1)
+        except OSError as error:
+            raise ValueError(
+                f"output must be a file that can be written, got {error}. Choose another."
+            ) from error
+
+    def _content(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "complete": not self.unchecked,
+            "checked": self.checked,
+            "unchecked": self.unchecked,
+            "errors": self.count(ERROR),
+            "warnings": self.count(WARNING),
+            "faults": rows,
+        }
+
+
+def check_ending(path: str | os.PathLike) -> None:
+    """Raise ValueError unless a report can be saved under this name."""
+    if Path(path).suffix not in (".json", ".csv"):
+        raise ValueError(
+            f"output must end in .json or .csv, got output={path}. Name the report like that."
+        )
+
+
+def _row(fault: Fault) -> dict[str, Any]:
+    values = {**fault._asdict(), "severity": fault.severity}
+    values["entry"] = "/".join(map(str, fault.entry))
+    return {column: values[column] for column in _COLUMNS}
+
+
+def _line(fault: Fault) -> str:
+    """Write a fault: where, which, what."""
+    kind = "segment" if "PNG" in fault.reason or "segment" in fault.reason else "annotation"
+    ids = {"image": fault.image_id, kind: fault.annotation_id}
+    which = ", ".join(f"{name} {value}" for name, value in ids.items() if value is not None)
+    where = fault.file or fault.json + (
+        f" [{'/'.join(map(str, fault.entry))}]" if fault.entry else ""
+    )
+    return f"{where}{f' ({which})' if which else ''}: {fault.detail}"

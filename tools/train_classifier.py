@@ -1,7 +1,0 @@
-"""Train or evaluate an image classifier, with the options of train_net."""
-
-from gn_practical.classification.run import argument_parser, main
-from gn_practical.engine import launch
-
-if __name__ == "__main__":
-    launch(main, argument_parser().parse_args())

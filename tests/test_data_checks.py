@@ -10,7 +10,8 @@ from detectron2.data import (
 )
 from PIL import Image
 
-from gn_practical.config import add_pgn_config
+from gn_practical import add_pgn_config
+from gn_practical.training import add_training_config
 from gn_practical.training.data import (
     CheckedDatasetMapper,
     DatasetError,
@@ -39,6 +40,7 @@ def cfg(root):
     """A panoptic FPN for that data."""
     cfg = get_cfg()
     add_pgn_config(cfg)
+    add_training_config(cfg)
     cfg.DATASETS.COCO_PANOPTIC = tuple(
         (
             f"own_{split}",
@@ -253,6 +255,7 @@ def test_the_scenes_are_drawn_when_a_run_uses_them(cfg, tmp_path, monkeypatch):
 def test_real_data_passes():
     cfg = get_cfg()
     add_pgn_config(cfg)
+    add_training_config(cfg)
     tiny, cells = SHARED / "coco_panoptic_tiny", SHARED / "bccd"
     cfg.DATASETS.COCO_PANOPTIC = tuple(
         (

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from gn_practical import add_pgn_config
+from gn_practical.training import add_training_config
 from gn_practical.training.data import CheckedDatasetMapper, DatasetError, SkippedSamples
 from gn_practical.training.engine.bad_steps import CountSkippedSamples
 
@@ -114,6 +115,7 @@ class MappedList(torch.utils.data.Dataset):
 
 def skipping(cfg, folder, limit):
     add_pgn_config(cfg)
+    add_training_config(cfg)
     cfg.OUTPUT_DIR = str(folder)
     cfg.DATALOADER.MAX_SKIPPED_SAMPLES = limit
     return cfg

@@ -6,7 +6,8 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from gn_practical.config import add_pgn_config
+from gn_practical import add_pgn_config
+from gn_practical.training import add_training_config
 from gn_practical.training.data import DatasetError, register_datasets, register_scenes
 from gn_practical.training.data.coco_format import read_categories
 
@@ -20,6 +21,7 @@ STUFF = [{"id": 40, "name": "wall", "isthing": 0}, {"id": 5, "name": "floor", "i
 def cfg():
     cfg = get_cfg()
     add_pgn_config(cfg)
+    add_training_config(cfg)
     return cfg
 
 

@@ -222,7 +222,8 @@ def test_changed_batch_without_learning_rate_is_warned_of(tmp_path, caplog):
     from gn_practical.training.engine.setup import _warn_learning_rate
 
     with caplog.at_level(logging.WARNING):
-        _warn_learning_rate(QUICKSTART, load_cfg(QUICKSTART, ["SOLVER.IMS_PER_BATCH", "16"]))
+        cfg = load_cfg(QUICKSTART, ["SOLVER.IMS_PER_BATCH", "16"])
+        _warn_learning_rate(QUICKSTART, cfg, False, lambda cfg: None)
     assert "in place of the recipe's 4" in caplog.text
     assert "asks for SOLVER.BASE_LR 0.16" in caplog.text
 

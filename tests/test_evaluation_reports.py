@@ -17,7 +17,8 @@ from detectron2.utils.events import EventStorage
 from PIL import Image
 from test_evaluation_panoptic import random_truth, register, to_detectron2
 
-from gn_practical.config import add_pgn_config
+from gn_practical import add_pgn_config
+from gn_practical.training import add_training_config
 from gn_practical.training.evaluation import (
     CocoEvaluator,
     PanopticEvaluator,
@@ -225,6 +226,7 @@ def test_classes_without_colours_get_distinct_ones():
 def cfg(tmp_path):
     cfg = get_cfg()
     add_pgn_config(cfg)
+    add_training_config(cfg)
     cfg.OUTPUT_DIR = str(tmp_path / "run")
     cfg.TEST.NUM_PICTURES = 0
     cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"

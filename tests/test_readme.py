@@ -8,7 +8,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_named_files_exist():
-    named = re.findall(r"(?:configs|tools|docs|gn_practical)/[\w/]+\.\w+", README)
+    named = re.findall(
+        r"(?<![\w/])(?:configs|tools|docs|gn_practical|projects)/[\w/]+\.\w+", README
+    )
     assert len(named) > 10
     assert [name for name in named if not (ROOT / name).is_file()] == []
 

@@ -105,9 +105,9 @@ def register_datasets(cfg: CfgNode) -> None:
 
     Example:
         >>> from detectron2.config import get_cfg
-        >>> from gn_practical import add_pgn_config
+        >>> from gn_practical.training import add_training_config
         >>> cfg = get_cfg()
-        >>> add_pgn_config(cfg)
+        >>> add_training_config(cfg)
         >>> cfg.DATASETS.COCO_INSTANCES = (("cells_train", "cells/images", "cells/train.json"),)
         >>> register_datasets(cfg)
         >>> "cells_train" in DatasetCatalog

@@ -100,9 +100,11 @@ def open_dataset(cfg: CfgNode, name: str, download: bool = False) -> LabelledIma
 
     Example:
         >>> from detectron2.config import get_cfg
+        >>> from gn_classification.config import add_classification_config
         >>> from gn_practical import add_pgn_config
         >>> cfg = get_cfg()
         >>> add_pgn_config(cfg)
+        >>> add_classification_config(cfg)
         >>> len(open_dataset(cfg, "digits_train")), len(open_dataset(cfg, "digits_val"))
         (1438, 359)
     """

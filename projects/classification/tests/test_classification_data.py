@@ -8,6 +8,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.utils import comm
 from gn_classification import datasets, loaders
+from gn_classification.config import add_classification_config
 from gn_classification.datasets import open_dataset
 from gn_classification.loaders import (
     TrainBatches,
@@ -19,6 +20,7 @@ from gn_classification.loaders import (
 from PIL import Image
 
 from gn_practical import add_pgn_config
+from gn_practical.training import add_training_config
 from gn_practical.training.data import DatasetError
 
 
@@ -38,6 +40,8 @@ def root(tmp_path, monkeypatch):
 def config(**keys):
     cfg = get_cfg()
     add_pgn_config(cfg)
+    add_training_config(cfg)
+    add_classification_config(cfg)
     cfg.MODEL.DEVICE = "cpu"
     cfg.SEED = 3
     cfg.SOLVER.IMS_PER_BATCH = 4

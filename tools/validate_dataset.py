@@ -8,6 +8,9 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+# Before PyTorch is loaded: threads that wait long for each other stall where a core is taken.
+os.environ.setdefault("GOMP_SPINCOUNT", "50000")
+
 if TYPE_CHECKING:
     from gn_practical.training.validation import Report
     from gn_practical.training.validation.targets import Target

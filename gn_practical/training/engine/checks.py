@@ -16,8 +16,8 @@ from gn_practical.config import add_pgn_config
 from gn_practical.layers import PracticalGroupNorm
 from gn_practical.training.checkpoint.files import LAST, newest_whole
 from gn_practical.training.config.values import check_values
-from gn_practical.training.data import check_datasets
 from gn_practical.training.engine.autocast import DTYPES
+from gn_practical.training.validation import check_datasets
 
 
 def check_run(

@@ -225,7 +225,7 @@ def test_changed_batch_without_learning_rate_is_warned_of(tmp_path, caplog):
 RANKS = """
 import sys, torch
 from gn_practical.training.engine import Trainer, argument_parser, default_setup, launch, load_cfg
-from gn_practical.training.data import check_datasets
+from gn_practical.training.validation import check_datasets
 from detectron2.utils import comm
 
 def train(args):

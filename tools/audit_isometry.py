@@ -83,8 +83,8 @@ def audit(args: argparse.Namespace) -> None:
     from gn_practical.analysis.audit_report import save_audit
     from gn_practical.analysis.blocks import choose_groups, find_unit_blocks
     from gn_practical.training.checkpoint import GroupsCheckpointer
-    from gn_practical.training.data import check_datasets
     from gn_practical.training.engine import check_run
+    from gn_practical.training.validation import check_datasets
 
     cfg = read_config(args)
     if not args.synthetic:

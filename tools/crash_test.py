@@ -33,7 +33,6 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore")
 import psutil
 import torch
 
-from gn_practical.training.data import check_datasets
 from gn_practical.training.engine import (
     Trainer,
     argument_parser,
@@ -43,6 +42,7 @@ from gn_practical.training.engine import (
     load_cfg,
 )
 from gn_practical.training.engine.signals import EXIT_INTERRUPTED
+from gn_practical.training.validation import check_datasets
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, NUM_IMAGES = 4, 100

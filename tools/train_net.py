@@ -18,8 +18,8 @@ from detectron2.utils import comm
 
 from gn_practical.training.checkpoint import GroupsCheckpointer
 from gn_practical.training.config import RunConfig, load_cfg
-from gn_practical.training.data import check_datasets
 from gn_practical.training.engine import argument_parser, check_run, default_setup, launch
+from gn_practical.training.validation import check_datasets
 
 
 def setup(args: Namespace) -> RunConfig:

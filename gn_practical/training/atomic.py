@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,37 @@ def write_json(path: PathLike, content: Any, **options: Any) -> None:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with replace_file(path) as temporary:
         Path(temporary).write_text(f"{text}\n", encoding="utf-8")
+
+
+def refuse_overwriting(paths: Iterable[PathLike], sources: Iterable[PathLike]) -> None:
+    """Check that nothing that is read would be written over.
+
+    Files are compared as such: links, other spellings of a path and file systems that do not tell
+    upper from lower case are seen through.
+
+    Args:
+        paths: of files that will be written by `replace_file`.
+        sources: files that are read.
+
+    Raises:
+        ValueError: naming the first file that is both.
+    """
+    known = {key: source for source in sources if (key := _identity(source))}
+    for path in map(os.fspath, paths):
+        for written in (path, f"{path}.tmp"):
+            if (source := known.get(_identity(written))) is not None:
+                raise ValueError(
+                    f"What is written must be another file than what is read, got {path} for "
+                    f"{source}. Choose another place for the output."
+                )
+
+
+def _identity(path: PathLike) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _sync(path: str) -> None:

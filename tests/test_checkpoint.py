@@ -22,9 +22,9 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.solver import build_optimizer
 from torch import nn
 
+from gn_practical.training import ranks
 from gn_practical.training.checkpoint import GroupsCheckpointer, files
 from gn_practical.training.checkpoint import checkpointer as checkpointer_module
-from gn_practical.training.checkpoint.best import BestCheckpoint
 from gn_practical.training.checkpoint.files import (
     check_whole,
     newest_whole,
@@ -33,6 +33,7 @@ from gn_practical.training.checkpoint.files import (
     write_last,
 )
 from gn_practical.training.checkpoint.snapshot import Snapshot
+from gn_practical.training.engine.hooks import BestCheckpoint
 
 
 def state_of(iteration, size=50):
@@ -225,14 +226,14 @@ def test_all_damaged_is_an_error_that_names_them(run):
 
 def test_every_rank_takes_what_the_main_rank_found(run, monkeypatch):
     """Else two ranks could go on from two checkpoints, or one wait for the other for good."""
-    answers = [(str(run / name_of(9)), ""), ("", "all are damaged")]
-    for answer in answers:
-        comm = types.SimpleNamespace(
-            is_main_process=lambda: False, all_gather=lambda mine, answer=answer: [answer, mine]
-        )
-        monkeypatch.setattr(checkpointer_module, "comm", comm)
+    for found, error in [(str(run / name_of(9)), None), ("", "all are damaged")]:
+        for module, answer in ((checkpointer_module, found), (ranks, error)):
+            comm = types.SimpleNamespace(
+                is_main_process=lambda: False, all_gather=lambda mine, answer=answer: [answer, mine]
+            )
+            monkeypatch.setattr(module, "comm", comm)
         other_rank = GroupsCheckpointer(nn.Linear(50, 1), str(run))
-        if answer[0]:
+        if found:
             assert other_rank.resume_or_load("")["iteration"] == 9
         else:
             with pytest.raises(ValueError, match="all are damaged"):
@@ -559,3 +560,38 @@ def test_weights_that_are_not_finite_take_no_checkpoint_s_place(tmp_path):
     with pytest.raises(FloatingPointError, match="weights must be finite"):
         checkpointer.wait()
     assert files.newest_whole(str(tmp_path))[0].endswith(name_of(9))
+
+
+def test_the_final_checkpoint_of_a_periodic_step_is_not_written_twice(tmp_path, monkeypatch):
+    checkpointer = GroupsCheckpointer(nn.Linear(2, 1), str(tmp_path), keep_last=1)
+    for iteration in (9, 19):
+        save(checkpointer, iteration)
+    checkpointer.save("model_final", iteration=19)
+    checkpointer.wait()
+    assert (tmp_path / "model_final.pth").samefile(tmp_path / name_of(19))
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    check_whole(str(tmp_path / "model_final.pth"))
+
+    def no_links(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(files.os, "link", no_links)
+    save(checkpointer, 29)
+    checkpointer.save("model_final", iteration=29)
+    checkpointer.wait()
+    check_whole(str(tmp_path / "model_final.pth"))
+    state = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert state["iteration"] == 29
+    assert not (tmp_path / "model_final.pth").samefile(tmp_path / name_of(29))
+
+
+def test_a_final_checkpoint_of_another_step_is_written(tmp_path):
+    model = nn.Linear(2, 1)
+    checkpointer = GroupsCheckpointer(model, str(tmp_path))
+    save(checkpointer, 9)
+    nn.init.zeros_(model.weight)
+    checkpointer.save("model_final", iteration=10)
+    checkpointer.wait()
+    state = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert state["iteration"] == 10
+    assert not state["model"]["weight"].any()

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from gn_practical.training.data import ensure_scenes
+from gn_practical.training.data import pool as pool_module
 from gn_practical.training.data.pool import Pool
 from gn_practical.training.validation import (
     REASONS,
@@ -29,7 +30,10 @@ from gn_practical.training.validation.files import decode_file
 from gn_practical.training.validation.panoptic import segment_extents
 
 ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared" / "data"
+TEST_DATA = Path(os.environ.get("GN_PRACTICAL_TEST_DATA", "not given"))
+needs_test_data = pytest.mark.skipif(
+    not TEST_DATA.is_dir(), reason="GN_PRACTICAL_TEST_DATA names no folder of real data"
+)
 
 
 # Planted faults ---------------------------------------------------------------------------------
@@ -59,6 +63,7 @@ def plant_in_images(content, images):
 def annotation_faults(width, height):
     """What is changed of an annotation, by what has to be reported."""
     polygon = [1, 1, 9, 1, 9, 9]
+    of_polygon = {"bbox": [1, 1, 8, 8], "area": 32}
     size = [height, width]
     return [
         ("box outside the image", {"bbox": [width - 5, 2, 9, 9]}),
@@ -73,7 +78,7 @@ def annotation_faults(width, height):
         ("RLE of another size", {"segmentation": rle(height, width + 1)}),
         ("RLE counts do not sum up", {"segmentation": {"size": size, "counts": [5, 5]}}),
         ("RLE without a pixel", {"segmentation": {"size": size, "counts": [height * width]}}),
-        ("polygon of fewer than 3 points", {"segmentation": [polygon, [1, 1, 9, 9]]}),
+        ("polygon of fewer than 3 points", {"segmentation": [polygon, [1, 1, 9, 9]], **of_polygon}),
         ("polygon malformed", {"segmentation": [polygon, [1, 1, 9, 9, 5]]}),
         ("polygon not finite", {"segmentation": [[1, 1, 9, 1, 9, float("inf")]]}),
         ("polygon outside the image", {"segmentation": [[1, 1, 9, 1, 9, height + 30]]}),
@@ -187,7 +192,7 @@ def targets_in(root):
             str(root / "panoptic_train"),
             images,
             stuff_root=str(root / "panoptic_stuff_train"),
-            num_stuff_classes=5,
+            instances_json=str(root / "instances_train.json"),
         ),
     ]
 
@@ -224,11 +229,11 @@ def test_all_planted_faults_are_reported_and_nothing_else(damaged):
     assert {fault.reason for fault in report.faults} <= REASONS.keys()
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+@needs_test_data
 def test_faults_planted_in_coco(tmp_path):
     tiny, panoptic = tmp_path / "tiny", tmp_path / "panoptic"
-    shutil.copytree(SHARED / "coco_tiny", tiny)
-    shutil.copytree(SHARED / "coco_panoptic_tiny", panoptic)
+    shutil.copytree(TEST_DATA / "coco_tiny", tiny)
+    shutil.copytree(TEST_DATA / "coco_panoptic_tiny", panoptic)
     instances = tiny / "annotations/instances_train2017.json"
     sound = [
         InstancesTarget(str(instances), str(tiny / "train2017")),
@@ -496,6 +501,7 @@ def test_the_tool_takes_the_data_sets_of_a_config(damaged, tmp_path, monkeypatch
         )
     )
     words = ("--config-file", config, "--workers", 1, "MODEL.MASK_ON", "True")
+    words += ("INPUT.MASK_FORMAT", "bitmask")
     assert run_tool(monkeypatch, *words) == 1
     content = json.loads((tmp_path / "out/validation.json").read_text())
     rows = {(f["reason"], f["image_id"], f["annotation_id"]) for f in content["faults"]}
@@ -521,9 +527,10 @@ def kill_worker(_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_dies_is_an_error():
+def test_a_worker_that_dies_is_an_error(monkeypatch):
+    monkeypatch.setattr(pool_module, "_FEW_CHUNKS", 0)
     with (
-        pytest.raises(RuntimeError, match=r"worker process must live .* number 1 of 3 \(a\)"),
+        pytest.raises(RuntimeError, match=r"worker process must live .* died at a or soon"),
         Pool(1, show_progress=False) as pool,
     ):
         list(pool.map(kill_worker, ["a", "b", "c"], "dying"))
@@ -531,9 +538,10 @@ def test_a_worker_that_dies_is_an_error():
 
 KILLED = """
 import time
-from gn_practical.training.data.pool import Pool
+from gn_practical.training.data import pool as pool_module
 
-with Pool(2, show_progress=False) as pool:
+pool_module._FEW_CHUNKS = 0
+with pool_module.Pool(2, show_progress=False) as pool:
     print(list(pool.map(abs, [-1], "work")), flush=True)
     time.sleep(600)
 """
@@ -558,8 +566,8 @@ import os, pickle, signal, sys
 from gn_practical.training.validation import RecordsTarget, validate
 
 class Interrupted(RecordsTarget):
-    def check(self, pool, decoded):
-        list(pool.map(abs, [1], "work"))
+    def check(self, session):
+        list(session.pool.map(abs, [1], "work"))
         os.kill(0, signal.SIGINT)
         signal.pause()
         yield

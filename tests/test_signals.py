@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from gn_practical.training.engine.signals import (
     Interrupted,
     StopSignals,
 )
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -29,41 +32,36 @@ def send(number):
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_where_nothing_is_lost_a_signal_stops_at_once(stop, number):
-    with pytest.raises(Interrupted) as stopped:
-        send(number)
-    assert stopped.value.code == EXIT_INTERRUPTED == 75
+def test_a_signal_raises_nothing_until_it_is_asked_for(stop, number, capfd):
+    stop.check()
+    send(number)
     assert stop.received is number
+    assert f"{number.name}: stopping where nothing is lost" in capfd.readouterr().err
+    with pytest.raises(Interrupted) as stopped:
+        stop.check()
+    assert stopped.value.code == EXIT_INTERRUPTED == 75
 
 
-def test_a_step_is_finished_first(stop, capfd):
-    with stop.held():
-        send(signal.SIGUSR1)
-        assert stop.received is signal.SIGUSR1
-    assert "SIGUSR1: stopping after this step" in capfd.readouterr().err
+def test_an_error_of_a_stopped_run_counts_as_stopped():
+    """As when a rank that was stopped too is waited for."""
+    stop = StopSignals()
 
-
-def test_an_evaluation_within_training_is_left_at_once(stop):
-    with stop.held():
-        with pytest.raises(Interrupted), stop.held(False):
-            send(signal.SIGTERM)
-        with pytest.raises(Interrupted), stop.held(False):
-            raise AssertionError("not reached: the signal has come before")
-        stop.received = None
-        send(signal.SIGTERM)  # held again
-
-
-def test_an_evaluation_that_fails_for_a_stopped_rank_counts_as_stopped(stop):
-    def fail(received):
-        with stop.held(False):
-            stop.received = received
+    def fail(stopped):
+        with stop.handled():
+            if stopped:
+                send(signal.SIGTERM)
             raise RuntimeError("Connection reset by peer")
 
-    with stop.held(), pytest.raises(Interrupted):
-        fail(signal.SIGTERM)
-    stop.received = None
+    with pytest.raises(Interrupted):
+        fail(stopped=True)
     with pytest.raises(RuntimeError, match="reset"):
-        fail(None)
+        fail(stopped=False)
+
+
+def test_what_came_before_the_training_began_is_kept(stop):
+    send(signal.SIGUSR1)
+    with stop.handled():  # as Trainer.train, within the run
+        assert stop.received is signal.SIGUSR1
 
 
 def test_handlers_are_as_before_afterwards():
@@ -80,7 +78,7 @@ def fork(body):
         return child
     signals = StopSignals()
     try:
-        with signals.handled(), signals.held():
+        with signals.handled():
             body()
     finally:
         os._exit(3)
@@ -116,12 +114,11 @@ def test_the_same_request_by_way_of_terminal_and_launcher_counts_once():
 
 
 def test_a_worker_leaves_signals_to_its_rank(stop):
-    with stop.held():
-        child = os.fork()
-        if not child:
-            send(signal.SIGTERM)
-            os._exit(int(stop.received is not None))
-        assert code_of(child) == 0
+    child = os.fork()
+    if not child:
+        send(signal.SIGTERM)
+        os._exit(int(stop.received is not None))
+    assert code_of(child) == 0
 
 
 def test_launcher_tells_by_its_exit_code_what_ended_a_rank(capsys):
@@ -135,7 +132,61 @@ def test_launcher_tells_by_its_exit_code_what_ended_a_rank(capsys):
     assert code(1) == 1
     assert code(-15, passed_on=[15]) == EXIT_INTERRUPTED
     assert code(-9, name="SIGKILL") == 137
-    assert "rank 1 was killed by SIGKILL" in capsys.readouterr().out
+    assert "rank 1 was killed by SIGKILL" in capsys.readouterr().err
+
+
+SET_UP = """
+import os, random, signal, sys, threading, time
+sys.path.insert(0, "tests")
+import torch
+from tool_train_net import run
+from gn_practical.training.engine import hooks, setup, signals
+
+torch.set_num_threads(1)
+setup.collect_env_info = lambda: ""
+hooks.plot_metrics = lambda *paths: None
+output, tries, longest = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+for number in range(tries):
+    if os.fork():
+        print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+        continue
+    parent, delay = os.getpid(), longest * (number + random.random()) / tries
+    handled = signals.stop_signals_to
+
+    def stop_signals_to(handler):
+        # The clock starts with the handlers: before them Python's own end the process.
+        threading.Timer(delay, os.kill, (parent, signal.SIGTERM)).start()
+        return handled(handler)
+
+    signals.stop_signals_to = stop_signals_to
+    log = os.open(output + "/printed", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1), os.dup2(log, 2)
+    code = 0
+    try:
+        run(*sys.argv[4:], "OUTPUT_DIR", f"{output}/{number}")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else print(end.code) or 1
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+"""
+
+
+def test_a_signal_at_any_moment_of_set_up_stops_the_run_and_loses_nothing(tmp_path):
+    """Ten signals, spread over set-up and the first steps: every one ends with 75."""
+    (tmp_path / "set_up.py").write_text(SET_UP)
+    config = [*("--config-file", ROOT / "configs/quickstart/tiny.yaml", "MODEL.DEVICE", "cpu")]
+    config += ["DATASETS.TRAIN", "('scenes_val_panoptic_separated',)", "DATASETS.TEST", "()"]
+    config += ["SOLVER.MAX_ITER", 10**6, "DATALOADER.NUM_WORKERS", 0]
+    command = [sys.executable, tmp_path / "set_up.py", tmp_path, 10, 1.0, *config]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    printed = (tmp_path / "printed").read_text()
+    assert done.stdout.split() == ["75"] * 10, printed[-3000:] + done.stderr[-3000:]
+    assert "error:" not in printed
+    assert "Traceback" not in printed
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (EXIT_INTERRUPTED, True)])
@@ -147,7 +198,7 @@ def test_slurm_script_requeues_what_was_stopped(tmp_path, code, requeued):
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NODEID": "0"}
     environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    script = Path(__file__).parent.parent / "tools/slurm/train.sh"
+    script = ROOT / "tools/slurm/train.sh"
     done = subprocess.run(["sh", script, "--config-file", "a.yaml"], env=environment, check=False)
     assert done.returncode == code
     assert (tmp_path / "command").read_text().endswith("train_net --config-file a.yaml\n")

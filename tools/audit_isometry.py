@@ -9,6 +9,9 @@ import random
 import sys
 from typing import TYPE_CHECKING, Any
 
+# Before PyTorch is loaded: threads that wait long for each other stall where a core is taken.
+os.environ.setdefault("GOMP_SPINCOUNT", "50000")
+
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
@@ -81,10 +84,12 @@ def audit(args: argparse.Namespace) -> None:
     from gn_practical.analysis.blocks import choose_groups, find_unit_blocks
     from gn_practical.training.checkpoint import GroupsCheckpointer
     from gn_practical.training.engine import check_run
+    from gn_practical.training.validation import check_datasets
 
     cfg = read_config(args)
     if not args.synthetic:
-        check_run(cfg)
+        check_run(cfg, eval_only=True)
+        check_datasets(cfg)
     seed_all_rng(args.seed)
     model = build_model(cfg)
     blocks = find_unit_blocks(model)

@@ -27,13 +27,22 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is imported; processes are forked below
+os.environ.setdefault("GOMP_SPINCOUNT", "50000")
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
+import psutil
 import torch
 
-from gn_practical.training.engine import Trainer, argument_parser, launch, main
-from gn_practical.training.engine.run import Task
+from gn_practical.training.engine import (
+    Trainer,
+    argument_parser,
+    check_run,
+    default_setup,
+    launch,
+    load_cfg,
+)
 from gn_practical.training.engine.signals import EXIT_INTERRUPTED
+from gn_practical.training.validation import check_datasets
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, NUM_IMAGES = 4, 100
@@ -67,9 +76,15 @@ class WatchedTrainer(Trainer):
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train on this rank."""
+    """Train on this rank, as tools/train_net.py does."""
     torch.use_deterministic_algorithms(True)
-    main(args, Task(trainer=WatchedTrainer))
+    cfg = load_cfg(args.config_file, args.opts)
+    default_setup(cfg, args)
+    check_run(cfg, resume=args.resume)
+    check_datasets(cfg)
+    trainer = WatchedTrainer(cfg)
+    trainer.resume_or_load(args.resume)
+    trainer.train()
 
 
 @dataclass
@@ -107,19 +122,16 @@ class Run:
         code = 1
         try:
             os.setsid()  # so that what it leaves behind can be found
-            log = os.open(
-                self.folder / f"console.{rank}.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT
-            )
+            console = self.folder / f"console.{rank}.txt"
+            log = os.open(console, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             os.dup2(log, 1)
             os.dup2(log, 2)
             if self.ranks > 1:
                 os.environ.update(TORCHELASTIC_RUN_ID="crash", MASTER_ADDR="127.0.0.1")
                 os.environ.update(MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
                 os.environ.update(WORLD_SIZE=str(self.ranks), LOCAL_WORLD_SIZE=str(self.ranks))
-            launch(
-                train,
-                argument_parser().parse_args(arguments(self.folder, self.workers, self.iterations)),
-            )
+            words = arguments(self.folder, self.workers, self.iterations)
+            launch(train, argument_parser().parse_args(words))
             code = 0
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
@@ -260,7 +272,7 @@ class CrashTest:
             allowed.add(-number)  # it did not handle signals yet
             allowed.add(-signal.SIGTERM)
         self.expect(set(codes) <= allowed, f"{where}: exit codes {codes} after {number}")
-        left = leftovers(lambda stat, _: int(stat[3]) in run.children)
+        left = leftovers(lambda process: os.getsid(process.pid) in run.children)
         self.expect(not left, f"{where}: processes live on: {left}")
 
     def _check_epochs(self, run: Run, name: str) -> None:
@@ -298,14 +310,8 @@ class CrashTest:
         """Kill a rank, and the launcher, of trainings that tools/train_net.py runs."""
         train_net = [str(ROOT / "tools/train_net.py")]
         folder = self.folder / "launcher"
-        words = [
-            *train_net,
-            "--num-gpus",
-            "2",
-            "--dist-url",
-            "auto",
-            *arguments(folder, 0, self.iterations),
-        ]
+        ranks = ["--num-gpus", "2", "--dist-url", "auto"]
+        words = [*train_net, *ranks, *arguments(folder, 0, self.iterations)]
         for number, whom, expected in (
             (signal.SIGTERM, "launcher", EXIT_INTERRUPTED),
             (signal.SIGKILL, "rank", 128 + signal.SIGKILL),
@@ -315,13 +321,8 @@ class CrashTest:
             self._launched(words, folder, number, whom, expected)
         folder = self.folder / "torchrun"
         options = ["--standalone", "--nproc-per-node=2", "--max-restarts=2"]
-        words = [
-            "-m",
-            "torch.distributed.run",
-            *options,
-            *train_net,
-            *arguments(folder, 0, self.iterations),
-        ]
+        words = ["-m", "torch.distributed.run", *options, *train_net]
+        words += arguments(folder, 0, self.iterations)
         self._launched(words, folder, signal.SIGKILL, "rank", 0)
 
     def _launched(
@@ -336,7 +337,6 @@ class CrashTest:
         what = f"{folder.name}: {kill}"
         before = set(folder.glob("model_0*.pth"))
         folder.mkdir(exist_ok=True)
-        mark = f"CRASH_TEST={folder}"
         with open(folder / "console.txt", "a") as log:
             environment = {**os.environ, "CRASH_TEST": str(folder), "PYTHONPATH": str(ROOT)}
             process = subprocess.Popen(
@@ -345,10 +345,10 @@ class CrashTest:
             while number and process.poll() is None and before >= set(folder.glob("model_0*.pth")):
                 time.sleep(0.05)
             if number:
-                send(number, [process.pid] if whom == "launcher" else children(process.pid)[-1:])
+                send(number, [process.pid if whom == "launcher" else a_rank_of(process.pid)])
                 self.kills[what] += 1
             code = process.wait()
-        left = leftovers(lambda _, environ: mark in environ, patience=60)
+        left = leftovers(lambda each: each.environ().get("CRASH_TEST") == str(folder), 60)
         self.expect(not left, f"{what}: processes live on: {left}")
         self.expect(code == expected, f"{what}: exit code {code} in place of {expected}")
         print(f"{what}: exit code {code}")
@@ -368,32 +368,25 @@ def send(number: int, processes: Iterable[int]) -> None:
         os.kill(process, number)
 
 
-def children(process: int) -> list[int]:
-    """Return the ranks that a launcher has started."""
-    found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [int(pid) for pid in found if "resource_tracker" not in read(f"/proc/{pid}/cmdline")]
+def a_rank_of(launcher: int) -> int:
+    """Return the process id of the last rank that a launcher has started."""
+    children = psutil.Process(launcher).children()
+    ranks = [each for each in children if "resource_tracker" not in " ".join(each.cmdline())]
+    return ranks[-1].pid
 
 
-def leftovers(match: Callable[[list[str], list[str]], bool], patience: float = 2) -> list[str]:
-    """Return the processes whose /proc/*/stat and environment match, once they had time to end."""
+def leftovers(belongs: Callable[[psutil.Process], bool], patience: float = 2) -> list[str]:
+    """Return the processes that belong to a run and live on, once they had time to end."""
     deadline = time.monotonic() + patience
-    while True:
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            stat = read(folder / "stat").rpartition(")")[2].split()
-            if stat and stat[0] != "Z" and match(stat, read(folder / "environ").split("\0")):
-                found.append(f"{folder.name} ({read(folder / 'cmdline')[:80]})")
-        if not found or time.monotonic() > deadline:
-            return found
+    found = [""]
+    while found and time.monotonic() < deadline:
         time.sleep(0.05)
-
-
-def read(path: Path | str) -> str:
-    """Read a file of a process that may have ended, or be another user's."""
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, ProcessLookupError, PermissionError):  # ended, or another's
+                if process.status() != psutil.STATUS_ZOMBIE and belongs(process):
+                    found.append(f"{process.pid} ({' '.join(process.cmdline())[:80]})")
+    return found
 
 
 def differences(first: Any, second: Any, path: str = "") -> Iterator[str]:

@@ -2,7 +2,11 @@
 """Print the groups of every norm of a config's model and the K they give; see --help."""
 
 import argparse
+import os
 import sys
+
+# Before PyTorch is loaded: threads that wait long for each other stall where a core is taken.
+os.environ.setdefault("GOMP_SPINCOUNT", "50000")
 
 FORMATS = ("text", "md", "csv", "json")
 

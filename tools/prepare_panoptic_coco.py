@@ -6,6 +6,9 @@ import logging
 import os
 import sys
 
+# Before PyTorch is loaded: threads that wait long for each other stall where a core is taken.
+os.environ.setdefault("GOMP_SPINCOUNT", "50000")
+
 _DESCRIPTION = """\
 Make the PNGs of stuff labels that a panoptic FPN trains on, from COCO's panoptic annotations:
 0 for all things, 1.. for stuff in the order of the category ids, 255 for void.

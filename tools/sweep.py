@@ -2,7 +2,11 @@
 """Run a sweep over settings and seeds, and print its table; see --help."""
 
 import argparse
+import os
 import sys
+
+# Before PyTorch is loaded: threads that wait long for each other stall where a core is taken.
+os.environ.setdefault("GOMP_SPINCOUNT", "50000")
 
 
 def parse_args() -> argparse.Namespace:

@@ -8,6 +8,9 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+# Before PyTorch is loaded: threads that wait long for each other stall where a core is taken.
+os.environ.setdefault("GOMP_SPINCOUNT", "50000")
+
 if TYPE_CHECKING:
     from gn_practical.training.validation import Report
     from gn_practical.training.validation.targets import Target
@@ -109,7 +112,8 @@ def read_targets(args: argparse.Namespace) -> "list[Target]":
     if args.panoptic:
         path, root = args.panoptic
         files = not args.annotations_only
-        targets.append(PanopticTarget(path, root, images, stuff_root=args.stuff, files=files))
+        pair = {"stuff_root": args.stuff, "files": files, "instances_json": args.instances}
+        targets.append(PanopticTarget(path, root, images, **pair))
     args.output = args.output or os.path.join(folder, "validation.json")
     return targets
 
@@ -143,7 +147,9 @@ def write_clean_jsons(report: "Report", paths: dict[str, str]) -> None:
         removed = write_clean(source, report.faults, output)
         print(f"{output}: without {removed.images} images and {removed.annotations} annotations.")
         if removed.kept:
-            print(f"  {removed.kept} errors of its categories remain: mend them by hand.")
+            print(
+                f"  {removed.kept} errors remain that no removal corrects, of its categories, say."
+            )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -163,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Run, ending with one clear error where the user can mend it."""
+    """Run, ending with one clear error where the user can correct it."""
     args = parse_args()
     # After parsing: importing Detectron2 takes seconds, and --help should not.
     from gn_practical.training.engine.run import one_clear_error

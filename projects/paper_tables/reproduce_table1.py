@@ -2,7 +2,11 @@
 """Reproduce Table 1 of arXiv:2302.03193: gradient variance ratios of unit blocks, and go beyond."""
 
 import argparse
+import os
 import sys
+
+# Before PyTorch is loaded: threads that wait long for each other stall where a core is taken.
+os.environ.setdefault("GOMP_SPINCOUNT", "50000")
 
 
 def parse_args() -> argparse.Namespace:

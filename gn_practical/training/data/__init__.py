@@ -1,6 +1,5 @@
-"""The embedded data set, registration of a user's own data, checks before training."""
+"""The embedded data set, registration of a user's own data, loading."""
 
-from gn_practical.training.data.checks import check_datasets
 from gn_practical.training.data.errors import DatasetError
 from gn_practical.training.data.mapper import CheckedDatasetMapper
 from gn_practical.training.data.prepare import prepare_coco, prepare_stuff, write_instances_json
@@ -12,7 +11,6 @@ __all__ = [
     "CheckedDatasetMapper",
     "DatasetError",
     "SkippedSamples",
-    "check_datasets",
     "ensure_scenes",
     "prepare_coco",
     "prepare_stuff",

@@ -9,6 +9,8 @@ import itertools
 import json
 import logging
 import os
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,12 @@ _logger = logging.getLogger(__name__)
 Category = dict[str, Any]
 
 
-def read_json(path: str | os.PathLike) -> dict[str, Any]:
+def read_json(path: str | os.PathLike, repeated_keys: list[str] | None = None) -> dict[str, Any]:
     """Read a json file whose top level is an object.
 
     Args:
         path: the file.
+        repeated_keys: filled with every key that an object has twice, of which json keeps the last.
 
     Raises:
         DatasetError: if it is missing or no json object; names the file and the position.
@@ -41,12 +44,12 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         gn_practical.training.data.errors.DatasetError: annotations.json must exist. Check the path.
     """
     text = _read_text(path)
+    found = [] if repeated_keys is None else repeated_keys
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
+        content = json.loads(text, object_pairs_hook=partial(_to_dict, found))
+    except (ValueError, RecursionError) as error:
         raise DatasetError(
-            f"{path} must be valid json, got an error at line {error.lineno}, column "
-            f"{error.colno} (character {error.pos} of {len(text)}): {error.msg}. "
+            f"{path} must be valid json, got {_describe(error, len(text))}. "
             "The file may be incomplete: copy, download or write it again."
         ) from None
     if not isinstance(content, dict):
@@ -55,6 +58,21 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
             "COCO's format has the keys images, annotations and categories at its top level."
         )
     return content
+
+
+def _to_dict(repeated: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        repeated += [key for key, count in counts.items() if count > 1]
+    return result
+
+
+def _describe(error: Exception, size: int) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        where = f"line {error.lineno}, column {error.colno} (character {error.pos} of {size})"
+        return f"an error at {where}: {error.msg}"
+    return f"{type(error).__name__}: {error}"  # of too many digits, of too many brackets
 
 
 def _read_text(path: str | os.PathLike) -> str:
@@ -102,11 +120,33 @@ def _are_categories(value: object) -> bool:
     )
 
 
+def malformed_category(category: object) -> str:
+    """Say what makes an entry of ``categories`` unusable; nothing if it is sound.
+
+    Example:
+        >>> malformed_category({"id": "3", "name": "car"})
+        "id='3', which must be a whole number"
+    """
+    if not isinstance(category, dict) or not {"id", "name"} <= category.keys():
+        return f"{category!r} has no id or no name"
+    if type(category["id"]) is not int:
+        return f"id={category['id']!r}, which must be a whole number"
+    if not isinstance(category["name"], str):
+        return f"name={category['name']!r}, which must be a text"
+    return ""
+
+
 def sort_categories(categories: object, path: str | os.PathLike) -> list[Category]:
     """Check the ``categories`` of the json at `path` and sort them by id."""
     if not _are_categories(categories):
         raise DatasetError(
             f"{path} must have a key 'categories' with a list of objects that have 'id' and 'name'."
+        )
+    problems = filter(None, map(malformed_category, categories))
+    if problem := next(problems, ""):
+        raise DatasetError(
+            f"All categories of {path} must have a whole number as id and a text as name, got "
+            f"{problem}. Correct the json."
         )
     categories = sorted(categories, key=lambda category: category["id"])
     ids = [category["id"] for category in categories]
@@ -148,24 +188,34 @@ def panoptic_metadata(categories: list[Category], path: str | os.PathLike) -> di
             f"{path} must have at least one thing and 1 to {VOID - 1} stuff categories, "
             f"got {len(things)} and {len(stuff)}."
         )
+    ids = [category["id"] for category in categories]
+    of_things = 0 if 0 not in ids else min(ids) - 1  # 0 in Detectron2: taken here by a category
     return {
         **instances_metadata(things),
         "stuff_classes": ["things", *(category["name"] for category in stuff)],
         "stuff_colors": [(82, 18, 128), *_colours(stuff)],
         "stuff_dataset_id_to_contiguous_id": {
-            0: 0,
+            of_things: 0,
             **{category["id"]: index for index, category in enumerate(stuff, start=1)},
         },
     }
 
 
 def _colours(categories: list[Category]) -> list[tuple[int, int, int]]:
-    """Take the categories' own colours, or else distinct ones that depend on the id alone."""
-    palette = colormap(rgb=True).astype(int)
+    """Take the categories' own RGB colours, or else distinct ones that depend on the id alone."""
+    palette = colormap(rgb=True).astype(int).tolist()
     return [
-        tuple(int(c) for c in category.get("color", palette[category["id"] % len(palette)]))
-        for category in categories
+        tuple(c["color"] if _is_rgb(c.get("color")) else palette[c["id"] % len(palette)])
+        for c in categories
     ]
+
+
+def _is_rgb(value: object) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 3
+        and all(type(channel) is int and 0 <= channel < 256 for channel in value)
+    )
 
 
 def stuff_labels(categories: list[Category], path: str | os.PathLike) -> dict[int, int]:

@@ -4,9 +4,9 @@ _MARK = "DatasetError: "
 
 
 class DatasetError(ValueError):
-    r"""A data set that cannot be used: what is wrong with which file, and the way out.
+    r"""A data set that cannot be used: what is wrong with which file, and what to do.
 
-    ``str(error)`` is one short message. PyTorch raises a worker's exception again in the main
+    ``str(error)`` is the message alone. PyTorch raises a worker's exception again in the main
     process as ``type(error)(<text of the whole traceback>)``; of such a text only the message
     itself, which follows the last ``DatasetError: ``, is kept.
 
@@ -14,7 +14,7 @@ class DatasetError(ValueError):
         message: what is wrong and what to do about it.
 
     Example:
-        >>> str(DatasetError("Traceback ...\ngn_practical.DatasetError: a.jpg is truncated.\n"))
+        >>> str(DatasetError("Traceback ...\n...DatasetError: a.jpg is truncated.\n"))
         'a.jpg is truncated.'
     """
 

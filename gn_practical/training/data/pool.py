@@ -7,11 +7,10 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
-from types import TracebackType
-from typing import Any, TypeVar
+from functools import cached_property, partial
+from typing import TypeVar
 
 import cv2
 from PIL import ImageFile
@@ -21,43 +20,44 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _CHUNKS_AHEAD = 4  # of each worker: enough to keep it busy, and little memory
+_FEW_CHUNKS = 16  # are done here before worker processes have started
 
 
 class Pool:
     """Worker processes that map a function over lists, chunk by chunk.
 
     Only a few chunks are on their way at once, so that a large json is never copied as a whole.
-    Ctrl-C reaches the main process alone; the workers end with it.
+    Ctrl-C reaches the main process alone; the workers end with it, also where it is killed.
+    Short lists are mapped in this process.
 
     Args:
-        workers: processes; all cores by default.
-        show_progress: draw a bar for every map.
+        workers: processes; all cores by default, 0 for this process alone.
+        show_progress: draw a bar for every map, on a terminal.
 
     Example:
-        >>> with Pool(1, show_progress=False) as pool:
+        >>> with Pool(1) as pool:
         ...     list(pool.map(abs, [-1, 2], "number"))
         [1, 2]
     """
 
     def __init__(self, workers: int | None = None, show_progress: bool = True) -> None:
-        self.workers = workers or available_cores()
+        self.workers = available_cores() if workers is None else workers
         self.show_progress = show_progress
+
+    @cached_property
+    def _executor(self) -> ProcessPoolExecutor:
         # Not forks of this process: a lock that a thread of OpenCV or OpenMP holds at that moment
         # is never opened in the copy.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__package__])
-        self._executor = ProcessPoolExecutor(self.workers, context, _start_worker)
+        return ProcessPoolExecutor(self.workers, context, _start_worker)
 
     def __enter__(self) -> "Pool":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._executor.shutdown(cancel_futures=True)
+    def __exit__(self, *exception: object) -> None:
+        if "_executor" in vars(self):
+            self._executor.shutdown(cancel_futures=True)
 
     def map(
         self,
@@ -77,36 +77,37 @@ class Pool:
         Raises:
             RuntimeError: if a worker dies.
         """
-        starts = iter(range(0, len(items), chunk_size))
-        running: deque[tuple[int, Any]] = deque()
-        with tqdm(total=len(items), desc=title, disable=not (self.show_progress and items)) as bar:
-            while True:
-                while len(running) < self.workers * _CHUNKS_AHEAD:
-                    start = next(starts, None)
-                    if start is None:
-                        break
-                    chunk = items[start : start + chunk_size]
-                    running.append((start, self._submit(partial(_run, function), chunk)))
-                if not running:
-                    return
-                start, future = running.popleft()
-                results = self._result(future, start, items)
+        starts = range(0, len(items), chunk_size)
+        chunks = (items[start : start + chunk_size] for start in starts)
+        run = partial(_run, function)
+        here = not self.workers or len(starts) <= _FEW_CHUNKS
+        disable = None if self.show_progress and items else True  # None: but on a terminal
+        with tqdm(total=len(items), desc=title, disable=disable) as bar:
+            for results in map(run, chunks) if here else self._map_chunks(run, chunks):
                 bar.update(len(results))
                 yield from results
 
-    def _submit(self, function: Callable, chunk: Sequence[Any]) -> Any:
+    def _map_chunks(
+        self, run: Callable[[Sequence[Item]], list[Result]], chunks: Iterator[Sequence[Item]]
+    ) -> Iterator[list[Result]]:
+        running: deque[tuple[Item, Future]] = deque()
+        first = None
         try:
-            return self._executor.submit(function, chunk)
+            for chunk in chunks:
+                running.append((chunk[0], self._executor.submit(run, chunk)))
+                if len(running) == self.workers * _CHUNKS_AHEAD:
+                    first, future = running.popleft()
+                    yield future.result()
+            while running:
+                first, future = running.popleft()
+                yield future.result()
         except BrokenProcessPool as error:
-            raise _dead_worker() from error
-
-    def _result(self, future: Any, start: int, items: Sequence[Any]) -> list[Any]:
-        try:
-            return future.result()
-        except BrokenProcessPool as error:
-            what = f" ({items[start]})" if isinstance(items[start], str) else ""
-            where = f" at number {start + 1} of {len(items)}{what} or soon after"
-            raise _dead_worker(where) from error
+            where = f" at {first} or soon after" if isinstance(first, str) else ""
+            raise RuntimeError(
+                f"A worker process must live to the end, got one that died{where}. The system may "
+                "have killed it for want of memory, or a file crashes its decoder. Try fewer "
+                "--workers; see also dmesg."
+            ) from error
 
 
 def available_cores() -> int:
@@ -117,22 +118,15 @@ def available_cores() -> int:
         return os.cpu_count() or 1
 
 
-def _dead_worker(where: str = "") -> RuntimeError:
-    return RuntimeError(
-        f"A worker process must live to the end, got one that died{where}. The system may have "
-        "killed it for want of memory, or a file crashes its decoder. Try fewer --workers; see "
-        "also dmesg."
-    )
-
-
 def _run(function: Callable[[Item], Result], chunk: Sequence[Item]) -> list[Result]:
-    return [function(item) for item in chunk]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's; what matters it raises
+        return [function(item) for item in chunk]
 
 
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    warnings.simplefilter("ignore")  # Pillow's; what matters it raises
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     cv2.setNumThreads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()

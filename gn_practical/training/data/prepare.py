@@ -1,17 +1,21 @@
 """What a panoptic FPN needs beside COCO's panoptic files: stuff PNGs and an instances json."""
 
-import json
 import logging
 import os
-from collections.abc import Callable
+from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from gn_practical.training.atomic import (
+    PathLike,
+    refuse_overwriting,
+    replace_file,
+    write_json,
+)
 from gn_practical.training.data.coco_format import (
     VOID,
     mask_annotation,
@@ -25,17 +29,15 @@ from gn_practical.training.data.pool import Pool
 
 _logger = logging.getLogger(__name__)
 
-PathLike = str | os.PathLike
-Result = TypeVar("Result")
-
-_WORTH_PROCESSES = 500  # images; fewer are done before the processes have started
+_MODES = ("RGB", "RGBA", "P")  # that keep the three channels of an id
 
 
 class _Task(NamedTuple):
-    """One image: its panoptic PNG, its size in the json, and its segments."""
+    """One image: its panoptic PNG, its name, the image's size in the json, and its segments."""
 
-    image_id: int
+    image_id: int | str
     panoptic_png: Path
+    name: str
     size: tuple[int, int]  # width, height
     segments: list[dict[str, Any]]
 
@@ -49,7 +51,7 @@ def prepare_coco(root: PathLike, workers: int | None = None, overwrite: bool = F
     Args:
         root: folder of Detectron2's data sets.
         workers: processes; all cores by default.
-        overwrite: make PNGs anew that are there and whole.
+        overwrite: write all PNGs anew.
 
     Raises:
         DatasetError: if neither json is there, or as `prepare_stuff`.
@@ -91,21 +93,22 @@ def prepare_stuff(
     """Make a stuff PNG from each panoptic PNG, as Detectron2's ``prepare_panoptic_fpn.py`` does.
 
     A pixel is 0 for all things, 1.. for stuff in the order of the category ids, 255 for void.
-    PNGs that are there and whole are kept, so that an interrupted run goes on where it was; at
-    the end every PNG is read again.
+    PNGs that are there and hold what would be written are kept, so that an interrupted run goes
+    on where it was; what was written is read again.
 
     Args:
         panoptic_json: COCO's panoptic annotations.
         panoptic_root: folder of the panoptic PNGs.
-        output: folder to write; made if need be.
+        output: folder to write; made if need be. Nothing is written outside it.
         workers: processes; all cores by default.
-        overwrite: make PNGs anew that are there and whole.
+        overwrite: write all PNGs anew.
 
     Returns:
         The number of PNGs.
 
     Raises:
-        DatasetError: if the json or a PNG is missing or malformed; names the file.
+        DatasetError: if the json or a PNG is missing or malformed, if ids of a PNG are not those
+            of its segments, or if an output would overwrite a source; names the file.
 
     Example:
         >>> prepare_stuff("panoptic.json", "panoptic", "panoptic_stuff")  # doctest: +SKIP
@@ -113,22 +116,43 @@ def prepare_stuff(
     """
     output = Path(output)
     tasks, categories = _read_tasks(panoptic_json, panoptic_root)
+    _check_targets(tasks, output, [panoptic_json, *(task.panoptic_png for task in tasks)])
     labels = stuff_labels(categories, panoptic_json)
-    _make_folder(output)
-    for folder in {task.panoptic_png.parent for task in tasks}:  # file names may have folders
-        _make_folder(output / folder.relative_to(panoptic_root))
-    common = {"root": Path(panoptic_root), "output": output, "labels": labels}
-    convert = partial(_write_stuff, overwrite=overwrite, **common)
-    written = sum(_map(convert, tasks, workers, f"Writing {output.name}"))
-    whole = _map(partial(_is_whole_task, **common), tasks, workers, f"Verifying {output.name}")
-    broken = [task for task, good in zip(tasks, whole, strict=True) if not good]
-    if broken:
-        raise DatasetError(
-            f"{len(broken)} of {len(tasks)} PNGs in {output} must be whole after writing, the "
-            f"first that is not is {broken[0].panoptic_png.name}. Is the disk full? Run it again."
-        )
+    convert = partial(_write_stuff, output=output, labels=labels, overwrite=overwrite)
+    with Pool(workers) as pool:
+        written = sum(pool.map(convert, tasks, f"Writing {output.name}"))
     _logger.info("%s: %d PNGs, %d of them written now, all whole.", output, len(tasks), written)
+    _name_strangers(tasks, output)
     return len(tasks)
+
+
+def _check_targets(tasks: list[_Task], output: Path, sources: list[PathLike]) -> None:
+    """Make the folders; raise unless all targets lie in them and none is a source."""
+    targets = [output / task.name for task in tasks]
+    try:
+        for folder in {output, *(target.parent for target in targets)}:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not folder.resolve().is_relative_to(output.resolve()):
+                raise DatasetError(
+                    f"All stuff PNGs must be written below {output}, got the folder {folder}, a "
+                    "link to another place. Remove the link or choose another --output."
+                )
+        refuse_overwriting(targets, sources)
+    except OSError as error:
+        raise DatasetError(f"The folder {output} must be writable, got: {error}.") from None
+    except ValueError as error:
+        raise DatasetError(str(error)) from None
+
+
+def _name_strangers(tasks: list[_Task], output: Path) -> None:
+    expected = {output / task.name for task in tasks}
+    strangers = sorted(set(output.rglob("*.png")) - expected)
+    if strangers:
+        _logger.warning(
+            "%s has %d other PNGs, the first is %s: left by another json? Training takes those "
+            "alone that the json lists.",
+            *(output, len(strangers), strangers[0].relative_to(output)),
+        )
 
 
 def write_instances_json(
@@ -161,25 +185,22 @@ def write_instances_json(
     tasks, categories = _read_tasks(panoptic_json, panoptic_root)
     things = [category for category in categories if category["isthing"]]
     extract = partial(_extract_instances, thing_ids={category["id"] for category in things})
-    found = _map(extract, tasks, workers, f"Making {Path(output_json).name}")
-    annotations = [
-        {"id": number, **annotation}
-        for number, annotation in enumerate((a for image in found for a in image), start=1)
-    ]
+    with Pool(workers) as pool:
+        found = [a for image in pool.map(extract, tasks, f"Making {output_json}") for a in image]
+    annotations = [{"id": number, **annotation} for number, annotation in enumerate(found, start=1)]
     images = read_json(panoptic_json)["images"]
     content = {"images": images, "annotations": annotations, "categories": things}
-    _make_folder(Path(output_json).parent)
-    temporary = Path(f"{output_json}.tmp")
-    temporary.write_text(json.dumps(content))
-    temporary.replace(output_json)
+    try:
+        refuse_overwriting([output_json], [panoptic_json, *(task.panoptic_png for task in tasks)])
+        write_json(output_json, content)
+    except OSError as error:
+        raise DatasetError(f"{output_json} must be writable, got: {error}.") from None
+    except ValueError as error:
+        raise DatasetError(str(error)) from None
     return len(annotations)
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DatasetError(f"The folder {folder} must be writable, got: {error}.") from None
+# The panoptic json ------------------------------------------------------------------------------
 
 
 def _read_tasks(
@@ -202,79 +223,87 @@ def _read_tasks(
     if used - known:
         raise DatasetError(
             f"{panoptic_json} must use only ids of its categories, got "
-            f"category_id={min(used - known)}. Add the category or correct the segments."
+            f"category_id={next(iter(used - known))}. Add the category or correct the segments."
         )
+    _check_names([task.name for task in tasks], panoptic_json)
     return tasks, categories
 
 
-def _task(annotation: dict[str, Any], images: dict[int, dict[str, Any]], root: Path) -> _Task:
-    image = images[annotation["image_id"]]
+def _task(annotation: dict[str, Any], images: dict[Any, dict[str, Any]], root: Path) -> _Task:
+    image, name = images[annotation["image_id"]], annotation["file_name"]
     size = (image["width"], image["height"])
-    return _Task(
-        image["id"], root / annotation["file_name"], size, list(annotation["segments_info"])
-    )
+    return _Task(image["id"], root / name, name, size, list(annotation["segments_info"]))
 
 
-def _map(
-    function: Callable[[_Task], Result], tasks: list[_Task], workers: int | None, title: str
-) -> list[Result]:
-    """Apply a function to all tasks on all cores, with a progress bar; stop at an error."""
-    if len(tasks) < _WORTH_PROCESSES:
-        return [function(task) for task in tqdm(tasks, desc=title, unit="image")]
-    with Pool(workers) as pool:
-        return list(pool.map(function, tasks, title))
+def _check_names(names: list[str], path: PathLike) -> None:
+    """Raise unless every annotation has a PNG of its own below the folder of PNGs."""
+    for name, count in Counter(names).items():
+        outside = os.path.isabs(name) or os.pardir in Path(name).parts or "\0" in name
+        if outside or count > 1 or not name.endswith(".png"):
+            raise DatasetError(
+                f"Every annotation of {path} must have a file_name of its own that ends in .png "
+                f"and stays in the folder of panoptic PNGs, got file_name={name!r}"
+                + (f" {count} times" if count > 1 else "")
+                + ". Correct the json."
+            )
+
+
+# One image --------------------------------------------------------------------------------------
 
 
 def _read_ids(task: _Task) -> np.ndarray:
+    """Read the segment ids of the pixels; raise unless they are ids of the json."""
+    path = task.panoptic_png
     try:
-        with Image.open(task.panoptic_png) as png:
-            ids = rgb_to_id(np.asarray(png.convert("RGB")))
+        with Image.open(path) as png:
+            mode, rgb = png.mode, np.asarray(png.convert("RGB"))
     except FileNotFoundError:
-        raise DatasetError(f"{task.panoptic_png} must exist. Unpack the panoptic PNGs.") from None
+        raise DatasetError(f"{path} must exist. Unpack the panoptic PNGs.") from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
-        raise DatasetError(
-            f"{task.panoptic_png} must be a whole PNG, got: {error}. Unpack it again."
-        ) from None
+        raise DatasetError(f"{path} must be a whole PNG, got: {error}. Unpack it again.") from None
+    ids = rgb_to_id(rgb)
     if ids.shape[::-1] != task.size:
         raise DatasetError(
-            f"{task.panoptic_png} must be {task.size[0]}x{task.size[1]} pixels as the json says, "
+            f"{path} must be {task.size[0]}x{task.size[1]} pixels as the json says, "
             f"got {ids.shape[1]}x{ids.shape[0]}."
+        )
+    present = set(np.unique(ids).tolist()) - {0}
+    listed = {segment["id"] for segment in task.segments}
+    if mode not in _MODES or (present - listed and listed - present):
+        raise DatasetError(
+            f"{path} must hold the ids of its segments as R + 256 G + 65536 B in 8 bits a channel, "
+            f"got mode {mode} with {len(present - listed)} ids that the json lacks, and "
+            f"{len(listed - present)} of the json's {len(listed)} without a pixel. Was it "
+            "converted, or are its channels swapped? Take the original PNG."
         )
     return ids
 
 
-def _write_stuff(
-    task: _Task, root: Path, output: Path, labels: dict[int, int], overwrite: bool
-) -> bool:
-    """Write the stuff PNG of an image unless it is there and whole; say whether it was written."""
-    if not overwrite and _is_whole_task(task, root, output, labels):
-        return False
-    ids = _read_ids(task)
+def _write_stuff(task: _Task, output: Path, labels: dict[int, int], overwrite: bool) -> bool:
+    """Write the stuff PNG of an image unless it is there; say whether it was written."""
+    ids, target = _read_ids(task), output / task.name
     stuff = np.full(ids.shape, VOID, np.uint8)
     for segment in task.segments:
         stuff[ids == segment["id"]] = labels[segment["category_id"]]
-    target = output / task.panoptic_png.relative_to(root)
-    # Not ".png" until it is whole: Detectron2 loads every .png of the folder.
-    temporary = Path(f"{target}.tmp")
+    if not overwrite and _holds(target, stuff):
+        return False
     try:
-        Image.fromarray(stuff).save(temporary, format="PNG")
-        temporary.replace(target)
+        # Not ".png" until it is whole: Detectron2 loads every .png of the folder.
+        with replace_file(target, durable=False) as temporary:
+            Image.fromarray(stuff).save(temporary, format="PNG")
     except OSError as error:
         raise DatasetError(f"{target} must be writable, got: {error}.") from None
+    if not _holds(target, stuff):
+        raise DatasetError(f"{target} must be whole after writing. Is the disk full? Run it again.")
     return True
 
 
-def _is_whole_task(task: _Task, root: Path, output: Path, labels: dict[int, int]) -> bool:
-    """Whether the stuff PNG can be decoded and has the right size, mode and values."""
+def _holds(path: Path, labels: np.ndarray) -> bool:
     try:
-        with Image.open(output / task.panoptic_png.relative_to(root)) as png:
-            values = np.asarray(png)
-            if png.mode != "L" or png.size != task.size:
-                return False
-    except Exception:  # whatever a damaged file makes Pillow raise
+        with Image.open(path) as png:
+            return png.mode == "L" and np.array_equal(np.asarray(png), labels)
+    except Exception:  # whatever a missing or damaged file makes Pillow raise
         return False
-    counts = np.bincount(values.ravel(), minlength=VOID + 1)
-    return not counts[max(labels.values()) + 1 : VOID].any()
 
 
 def _extract_instances(task: _Task, thing_ids: set[int]) -> list[dict[str, Any]]:

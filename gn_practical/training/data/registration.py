@@ -1,7 +1,8 @@
 """Registration in Detectron2's catalogs: the embedded scenes and a user's own COCO-format data."""
 
+import difflib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from gn_practical.training.data.coco_format import (
     read_json,
 )
 from gn_practical.training.data.errors import DatasetError
-from gn_practical.training.data.scenes import CATEGORIES
+from gn_practical.training.data.scenes import CATEGORIES, ensure_scenes
 
 # Read once, at import, as Detectron2 does for its own data sets: set DETECTRON2_DATASETS before.
 DATASETS_ROOT = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
@@ -52,7 +53,7 @@ _registered: dict[str, Definition] = {}  # what this module registered, by the n
 
 
 def register_scenes() -> None:
-    """Register the embedded scenes; draws nothing (`check_datasets` does when they are used).
+    """Register the embedded scenes; draws nothing (`ensure_registered` does when they are used).
 
     Names: ``scenes_{train,val}`` for instances, ``scenes_{train,val}_panoptic_separated`` for a
     panoptic FPN and ``scenes_{train,val}_panoptic_stuffonly``. They lie in the folder ``scenes``
@@ -95,7 +96,7 @@ def register_datasets(cfg: CfgNode) -> None:
     ids, so that train and val of the same data agree. A panoptic entry is registered as
     ``<name>_separated`` and ``<name>_stuffonly``, as Detectron2 does. An entry may come again, in
     a later call. Where a json is missing the name is registered all the same, without classes:
-    `check_datasets` reports it if the run uses it.
+    the check at a run's start reports it if the run uses it.
 
     Args:
         cfg: a config with the keys of `add_pgn_config`.
@@ -118,6 +119,42 @@ def register_datasets(cfg: CfgNode) -> None:
         _register_instances(entry, _metadata(path, lambda cats, _: instances_metadata(cats)))
     for entry in _entries(cfg, "COCO_PANOPTIC", CocoPanoptic):
         _register_panoptic(entry, _metadata(entry.panoptic_json, panoptic_metadata))
+
+
+def ensure_registered(names: Iterable[str]) -> None:
+    """Check that data sets are registered; make the embedded scenes if they are among them.
+
+    Args:
+        names: of the data sets.
+
+    Raises:
+        DatasetError: if one is not, with the names close to it.
+
+    Example:
+        >>> ensure_registered(["coco_2017_vall"])
+        Traceback (most recent call last):
+        gn_practical.training.data.errors.DatasetError: A data set must be registered, got ...
+    """
+    names = list(names)
+    for name in names:
+        _check_registered(name)
+    scenes = os.path.join(SCENES_ROOT, "images")
+    if any(os.path.dirname(MetadataCatalog.get(n).get("image_root", "")) == scenes for n in names):
+        ensure_scenes(SCENES_ROOT)
+
+
+def _check_registered(name: str) -> None:
+    if name in DatasetCatalog:
+        return
+    known = DatasetCatalog.list()
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if f"{name}_separated" in known:
+        close = [f"{name}_separated"]
+    raise DatasetError(
+        f"A data set must be registered, got {name!r}. "
+        + (f"Names close to it: {', '.join(close)}. " if close else "")
+        + "Your own data is registered with DATASETS.COCO_INSTANCES or DATASETS.COCO_PANOPTIC."
+    )
 
 
 def _metadata(path: str, make: Callable[[list, str], dict[str, Any]]) -> dict[str, Any]:

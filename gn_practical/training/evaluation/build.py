@@ -7,18 +7,12 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
+from gn_practical.training.architectures import architecture
 from gn_practical.training.evaluation.coco import CocoEvaluator
 from gn_practical.training.evaluation.panoptic import PanopticEvaluator
 from gn_practical.training.evaluation.pictures import PictureEvaluator
 from gn_practical.training.evaluation.sem_seg import SemSegEvaluator
 
-# What single-task models of Detectron2 predict; any other model is taken to predict all.
-_OUTPUTS = {
-    "GeneralizedRCNN": {"instances"},
-    "RetinaNet": {"instances"},
-    "FCOS": {"instances"},
-    "SemanticSegmentor": {"sem_seg"},
-}
 # Evaluators of Detectron2 itself; they take no folder but LVIS's.
 _BY_DETECTRON2 = {
     "cityscapes_instance": "CityscapesInstanceEvaluator",
@@ -86,7 +80,7 @@ def _evaluators(cfg: CfgNode, dataset_name: str, output_dir: str) -> list[Datase
 def _panoptic_evaluators(
     cfg: CfgNode, dataset_name: str, output_dir: str
 ) -> list[DatasetEvaluator]:
-    predicted = _OUTPUTS.get(cfg.MODEL.META_ARCHITECTURE, {"sem_seg", "instances", "panoptic"})
+    predicted = architecture(cfg.MODEL.META_ARCHITECTURE).predicts
     metadata = MetadataCatalog.get(dataset_name)
     evaluators: list[DatasetEvaluator] = []
     # The "standard" panoptic format of Detectron2 has neither label nor, perhaps, instance files.

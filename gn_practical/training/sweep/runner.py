@@ -10,15 +10,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.multiprocessing import _prctl_pr_set_pdeathsig
 from tqdm import tqdm
 
 from gn_practical.training.evaluation.results import write_results
+from gn_practical.training.processes import end_with_parent
 from gn_practical.training.sweep.plan import Plan, Run
 
 _RECORD = "run.json"
@@ -146,7 +145,7 @@ class _Job:
                 stderr=subprocess.STDOUT,
                 env=_environment(slot, jobs, num_gpus),
                 # When the sweep is killed, so is its run: the next sweep starts it again.
-                preexec_fn=partial(_prctl_pr_set_pdeathsig, signal.SIGKILL),
+                preexec_fn=end_with_parent,
             )
 
     def close(self) -> bool:

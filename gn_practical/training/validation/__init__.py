@@ -1,4 +1,4 @@
-"""Validation of whole data sets before training: every image, PNG and annotation."""
+"""What is wrong with data sets: quickly at the start of a run, wholly by the validator."""
 
 from gn_practical.training.validation.clean import write_clean
 from gn_practical.training.validation.findings import REASONS, Fault
@@ -7,6 +7,7 @@ from gn_practical.training.validation.panoptic import PanopticTarget
 from gn_practical.training.validation.records import RecordsTarget
 from gn_practical.training.validation.report import Report, check_ending
 from gn_practical.training.validation.run import validate
+from gn_practical.training.validation.start import check_datasets
 from gn_practical.training.validation.targets import targets_of
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "PanopticTarget",
     "RecordsTarget",
     "Report",
+    "check_datasets",
     "check_ending",
     "targets_of",
     "validate",

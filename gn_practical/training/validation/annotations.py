@@ -4,14 +4,16 @@ What is on the edge of the image is sound: COCO's own boxes end on it, and round
 fraction of a pixel beyond.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gn_practical.training.validation.findings import Findings
+from gn_practical.training.validation.findings import Finding, Findings
 
 TOLERANCE = 1.0  # pixels that a box or a polygon may reach beyond the image
+_BOX_TOLERANCE = 3.0  # pixels between box and mask; a tenth of the longer side if that is more
+_AREA_TOLERANCE = 8.0  # pixels between area and mask besides a factor of two
 
 Size = tuple[float, float]  # width, height
 
@@ -32,6 +34,16 @@ class Expected(NamedTuple):
     area: bool = False
 
 
+class Extent(NamedTuple):
+    """The edges of a mask and its pixels."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    area: float
+
+
 def check_instance(
     annotation: Mapping[str, Any], sizes: Sequence[Size], expected: Expected
 ) -> Findings:
@@ -49,9 +61,11 @@ def check_instance(
         [('box empty', 'width 9, height 0')]
     """
     yield from _check_category(annotation, expected)
-    yield from _check_box(annotation["bbox"], sizes)
-    yield from _check_area(annotation, expected)
-    yield from _check_mask(annotation, sizes, expected)
+    box = yield from _check_box(annotation["bbox"], sizes)
+    area = yield from _check_area(annotation, expected)
+    extent = yield from _check_mask(annotation, sizes, expected)
+    if extent is not None and not annotation.get("iscrowd", 0):  # COCO's crowds keep old areas
+        yield from _compare(box, area, extent)
     yield from _check_keypoints(annotation, expected)
 
 
@@ -65,20 +79,25 @@ def _check_category(annotation: Mapping[str, Any], expected: Expected) -> Findin
         yield "annotation malformed", f"ignore={annotation['ignore']!r}, which Detectron2 refuses"
 
 
-def _check_box(value: object, sizes: Sequence[Size]) -> Findings:
+def _check_box(
+    value: object, sizes: Sequence[Size]
+) -> Generator[Finding, None, Sequence[float] | None]:
+    """Yield what is wrong; return the box if it can be compared with a mask."""
     box = _numbers(value)
     if box is None or len(box) != 4:
         yield "box malformed", f"bbox={_short(value)}, not 4 numbers"
-        return
+        return None
     if not np.isfinite(box).all():
         yield "box not finite", f"bbox={_short(value)}"
-        return
+        return None
     x, y, width, height = box.tolist()
     if width <= 0 or height <= 0:
         yield "box empty", f"width {width:g}, height {height:g}"
     beyond = _beyond((x, y), (x + max(width, 0), y + max(height, 0)), sizes)
     if beyond > TOLERANCE:
         yield "box outside the image", _describe_beyond(f"bbox={_short(value)}", beyond, sizes)
+        return None
+    return (x, y, width, height) if width > 0 and height > 0 else None
 
 
 def _beyond(low: Sequence[float], high: Sequence[float], sizes: Sequence[Size]) -> float:
@@ -90,14 +109,38 @@ def _describe_beyond(what: str, beyond: float, sizes: Sequence[Size]) -> str:
     return f"{what} reaches {beyond:g} pixels beyond {sizes[0][0]}x{sizes[0][1]}"
 
 
-def _check_area(annotation: Mapping[str, Any], expected: Expected) -> Findings:
+def _check_area(
+    annotation: Mapping[str, Any], expected: Expected
+) -> Generator[Finding, None, float | None]:
+    """Yield what is wrong; return the area if it can be compared with a mask."""
     if "area" not in annotation:
         if expected.area:
             yield "area missing", "the evaluation needs it"
-        return
+        return None
     area = _numbers([annotation["area"]])
-    if area is None or not (np.isfinite(area) & (area > 0)).all():
+    if area is None:
+        yield "annotation malformed", f"area={_short(annotation['area'])}"
+    elif not (np.isfinite(area) & (area > 0)).all():
         yield "area not positive", f"area={_short(annotation['area'])}"
+    else:
+        return float(area[0])
+    return None
+
+
+def _compare(box: Sequence[float] | None, area: float | None, extent: Extent) -> Findings:
+    """Find a mask of another object or image, and a box that is no x, y, width, height."""
+    if box is not None:
+        x, y, width, height = box
+        edges = np.array([x, y, x + width, y + height])
+        sides = (width, height, extent.right - extent.left, extent.bottom - extent.top)
+        if np.abs(edges - extent[:4]).max() > max(_BOX_TOLERANCE, max(sides) / 10):
+            left, top, right, bottom = (f"{edge:g}" for edge in extent[:4])
+            detail = f"bbox={list(box)}, the mask reaches from {left}, {top} to {right}, {bottom}"
+            yield "box and mask differ", detail
+    if area is not None:
+        low, high = extent.area / 2 - _AREA_TOLERANCE, extent.area * 2 + _AREA_TOLERANCE
+        if not low <= area <= high:
+            yield "area and mask differ", f"area={area:g}, the mask has {extent.area:g}"
 
 
 def _check_keypoints(annotation: Mapping[str, Any], expected: Expected) -> Findings:
@@ -117,42 +160,61 @@ def _check_keypoints(annotation: Mapping[str, Any], expected: Expected) -> Findi
 
 def _check_mask(
     annotation: Mapping[str, Any], sizes: Sequence[Size], expected: Expected
-) -> Findings:
-    mask = annotation.get("segmentation")
+) -> Generator[Finding, None, Extent | None]:
+    """Yield what is wrong; return the mask's extent if it has one."""
+    mask, is_crowd = annotation.get("segmentation"), bool(annotation.get("iscrowd", 0))
     if not mask:
-        if expected.masks and not annotation.get("iscrowd", 0):
+        if expected.masks and not is_crowd:
             yield "mask missing", "it has no segmentation"
     elif isinstance(mask, list):
-        for polygon in mask:
-            yield from _check_polygon(polygon, sizes)
+        return (yield from _check_polygons(mask, sizes))
     elif isinstance(mask, dict):
-        yield from _check_rle(mask, sizes, is_crowd=bool(annotation.get("iscrowd", 0)))
+        return (yield from _check_rle(mask, sizes, is_crowd))
     else:
         yield "mask malformed", f"segmentation={_short(mask)}, neither polygons nor RLE"
+    return None
 
 
-def _check_polygon(value: object, sizes: Sequence[Size]) -> Findings:
-    points = _numbers(value)
-    if points is None or len(points) % 2:
-        count = "" if points is None else f" {len(points)}"
-        yield "polygon malformed", f"not an even number of numbers:{count} {_short(value)}"
-        return
-    if len(points) < 6:
-        yield "polygon of fewer than 3 points", f"{len(points) // 2} points"
-    if not np.isfinite(points).all():
-        yield "polygon not finite", _short([x for x in value if not np.isfinite(x)])
-    elif len(points):
-        points = points.reshape(-1, 2)
-        beyond = _beyond(points.min(axis=0).tolist(), points.max(axis=0).tolist(), sizes)
-        if beyond > TOLERANCE:
-            yield "polygon outside the image", _describe_beyond("it", beyond, sizes)
+def _check_polygons(
+    polygons: list[Any], sizes: Sequence[Size]
+) -> Generator[Finding, None, Extent | None]:
+    sound = []
+    for value in polygons:
+        points = _numbers(value)
+        if points is None or len(points) % 2:
+            count = "" if points is None else f" {len(points)}"
+            yield "polygon malformed", f"not an even number of numbers:{count} {_short(value)}"
+            return None
+        if len(points) < 6:
+            yield "polygon of fewer than 3 points", f"{len(points) // 2} points"
+            continue
+        if not np.isfinite(points).all():
+            yield "polygon not finite", _short([x for x in value if not np.isfinite(x)])
+            return None
+        sound.append(points.reshape(-1, 2))
+    if not sound:
+        return None
+    points = np.concatenate(sound)
+    low, high = points.min(axis=0).tolist(), points.max(axis=0).tolist()
+    beyond = _beyond(low, high, sizes)
+    if beyond > TOLERANCE:
+        yield "polygon outside the image", _describe_beyond("it", beyond, sizes)
+        return None
+    return Extent(*low, *high, sum(map(_polygon_area, sound)))
 
 
-def _check_rle(rle: dict[str, Any], sizes: Sequence[Size], is_crowd: bool) -> Findings:
+def _polygon_area(points: np.ndarray) -> float:
+    x, y = points.T
+    return abs(float(x @ np.roll(y, 1) - y @ np.roll(x, 1))) / 2
+
+
+def _check_rle(
+    rle: dict[str, Any], sizes: Sequence[Size], is_crowd: bool
+) -> Generator[Finding, None, Extent | None]:
     size, counts = rle.get("size"), rle_counts(rle.get("counts"))
-    if _numbers(size) is None or len(size) != 2:
+    if not isinstance(size, list) or [type(side) for side in size] != [int, int]:
         yield "RLE malformed", f"size={_short(size)}, not [height, width]"
-        return
+        return None
     if (size[1], size[0]) not in sizes:
         width, height = sizes[0]
         yield "RLE of another size", f"size={_short(size)}, the image has [{height}, {width}]"
@@ -160,8 +222,25 @@ def _check_rle(rle: dict[str, Any], sizes: Sequence[Size], is_crowd: bool) -> Fi
         yield "RLE malformed", f"counts cannot be decoded: {_short(rle.get('counts'))}"
     elif counts.sum() != size[0] * size[1]:
         yield "RLE counts do not sum up", f"{counts.sum():g}, not {size[0]} x {size[1]}"
-    elif not counts[1::2].any() and not is_crowd:
-        yield "RLE without a pixel", "the mask is empty"
+    elif not counts[1::2].any():
+        if not is_crowd:
+            yield "RLE without a pixel", "the mask is empty"
+    elif (size[1], size[0]) in sizes:
+        return _rle_extent(counts, size[0])
+    return None
+
+
+def _rle_extent(counts: np.ndarray, height: int) -> Extent:
+    """Measure a mask by its runs, which go down the columns."""
+    ends = np.cumsum(counts)[1::2]
+    lengths = counts[1::2]
+    ends, lengths = ends[lengths > 0], lengths[lengths > 0]
+    left, top = np.divmod(ends - lengths, height)
+    right, bottom = np.divmod(ends - 1, height)
+    if (left != right).any():  # a run that goes on in the next column
+        top, bottom = np.zeros(1), np.array([height - 1])
+    corners = (left.min(), top.min(), right.max() + 1, bottom.max() + 1)
+    return Extent(*map(float, corners), float(lengths.sum()))
 
 
 def rle_counts(counts: object) -> np.ndarray | None:

@@ -1,14 +1,14 @@
-"""The json without what is at fault, for who cannot wait for the data to be mended."""
+"""The json without what is at fault, to train on what is sound."""
 
-import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from gn_practical.training.atomic import refuse_overwriting, write_json
 from gn_practical.training.data.coco_format import read_json
 from gn_practical.training.data.errors import DatasetError
 from gn_practical.training.validation.findings import ERROR, Fault
+from gn_practical.training.validation.images import is_id
 
 
 class Removed(NamedTuple):
@@ -17,7 +17,7 @@ class Removed(NamedTuple):
     Attributes:
         images: number of images.
         annotations: number of annotations, those of the images with them.
-        kept: errors that no removal mends: those of the categories.
+        kept: errors that no removal corrects, such as those of the categories.
     """
 
     images: int
@@ -37,21 +37,14 @@ def write_clean(source: str, faults: Sequence[Fault], output: str | os.PathLike)
         output: the json to write.
 
     Raises:
-        DatasetError: if `output` is `source` or cannot be written.
+        ValueError: if `output` is `source`, another json validated, or cannot be written.
     """
-    if Path(output).resolve() == Path(source).resolve():
-        raise DatasetError(
-            f"The clean json must be another file than the one validated, got {output}. "
-            "Choose another name."
-        )
     entries = {fault.entry for fault in faults if fault.json == source and fault.severity == ERROR}
     content = read_json(source)
     removed = remove_entries(content, entries)
-    temporary = Path(f"{output}.tmp")
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        temporary.replace(output)
+        refuse_overwriting([output], [source, *(fault.json for fault in faults)])
+        write_json(output, content)
     except OSError as error:
         raise DatasetError(f"{output} must be writable, got: {error}.") from None
     return removed
@@ -72,7 +65,8 @@ def remove_entries(content: dict[str, Any], entries: set[tuple[str | int, ...]])
     at_fault = {e[1] for e in entries if e[:1] == ("annotations",) and len(e) == 2}
     rest = _without(content["annotations"], at_fault)
     left = {image["id"] for image in content["images"]}
-    lost = {_hashable(image.get("id")) for image in gone if isinstance(image, dict)} - left
+    lost = {image["id"] for image in gone if isinstance(image, dict) and is_id(image.get("id"))}
+    lost -= left
     content["annotations"] = [a for a in rest if a["image_id"] not in lost]
     kept = sum(entry[:1] not in (("images",), ("annotations",)) for entry in entries)
     after = len(content["images"]), len(content["annotations"])
@@ -87,7 +81,3 @@ def _remove_segments(annotations: list[Any], entries: set[tuple[str | int, ...]]
 
 def _without(values: Sequence[Any], indices: set[int]) -> list[Any]:
     return [value for index, value in enumerate(values) if index not in indices]
-
-
-def _hashable(value: object) -> object:
-    return value if isinstance(value, int | str) else None

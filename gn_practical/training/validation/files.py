@@ -15,6 +15,8 @@ from PIL import Image, UnidentifiedImageError
 
 Size = tuple[int, int]  # width, height
 
+_ORIENTATION = 274  # the tag of EXIF
+
 
 class Decoded(NamedTuple):
     """What a file turned out to be.
@@ -64,6 +66,8 @@ def read_pixels(path: str, mode: str) -> tuple[Decoded, np.ndarray | None]:
         pixels = read_image(path, mode)
         with Image.open(path) as image:
             size, stored, kind = pixels.shape[1::-1], image.size, image.format
+            # A PNG's may stand behind the pixels, which would be decoded again for it.
+            turn = 1 if kind == "PNG" else image.getexif().get(_ORIENTATION, 1)
             if kind == "PNG":  # Pillow decodes without a look at the checksums
                 image.verify()
                 if _is_cut_png(path):
@@ -71,6 +75,9 @@ def read_pixels(path: str, mode: str) -> tuple[Decoded, np.ndarray | None]:
     except Exception as error:  # whatever a damaged file makes Pillow raise
         return Decoded(None, None, *_explain(error, path)), None
     state, detail = _jpeg_damage(path) if kind in ("JPEG", "MPO") else ("", "")
+    if not state and size == stored and turn in range(2, 9):
+        state = "turned by EXIF"  # by 180 degrees, say: no size tells whether the annotations are
+        detail = f"orientation {turn}: do the annotations lie on the image as it is shown?"
     return Decoded(size, stored, state, detail), pixels
 
 

@@ -1,32 +1,43 @@
 """Faults of a panoptic json, its PNGs, and the PNGs of stuff labels made from them."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gn_practical.training.data.coco_format import VOID, rgb_to_id
-from gn_practical.training.data.entries import (
-    PANOPTIC_KEYS,
-    SEGMENT_KEYS,
-    lacking_keys,
-    repeated,
-    unknown_labels,
+from gn_practical.training.data.coco_format import (
+    VOID,
+    rgb_to_id,
+    stuff_labels,
 )
-from gn_practical.training.data.pool import Pool
+from gn_practical.training.data.errors import DatasetError
 from gn_practical.training.validation.annotations import Size
 from gn_practical.training.validation.files import Decoded, read_pixels
 from gn_practical.training.validation.findings import Fault
-from gn_practical.training.validation.images import Images, describe_size, is_id
-from gn_practical.training.validation.instances import check_lists
+from gn_practical.training.validation.images import (
+    Images,
+    Names,
+    Session,
+    category_ids,
+    check_lists,
+    describe_size,
+    is_file_name,
+    is_id,
+    lacking_keys,
+    repeated,
+    sound_categories,
+)
 
 TOLERANCE = 1  # pixels of a segment's area and of each side of its box
 _LISTED = 10  # ids of one PNG that the json lacks; more are one fault
+_OTHER_LABELS = 0.01  # share of a stuff PNG's pixels that may disagree with the panoptic PNG
+_LOOKED_AT = 4  # stuff PNGs whose labels are read where files are not decoded
 
 Box = tuple[int, int, int, int]  # x, y, width, height
 Part = tuple[str, tuple[str | int, ...], Any, str]  # reason, rest of the entry, segment id, detail
+Segments = Mapping[int, tuple[int, dict[str, Any]]]  # position and segment, by id
 
 
 class PanopticTarget(NamedTuple):
@@ -36,58 +47,105 @@ class PanopticTarget(NamedTuple):
         json: path of the json.
         png_root: folder of the panoptic PNGs.
         image_root: folder of the images; None to leave them out.
-        known_ids: ids of the categories; by default those of the json.
+        names: id and name of the categories; by default those of the json.
         stuff_root: folder of the PNGs of stuff labels; None to leave them out.
-        num_stuff_classes: labels below it are known, and 255 for void.
         files: False to check the json alone.
+        instances_json: of the same images; compared if it was checked before.
+        area: whether every segment needs its area, as PQ does.
     """
 
     json: str
     png_root: str
     image_root: str | None = None
-    known_ids: frozenset | None = None
+    names: Names | None = None
     stuff_root: str | None = None
-    num_stuff_classes: int = VOID
     files: bool = True
+    instances_json: str | None = None
+    area: bool = True
 
-    def check(self, pool: Pool, decoded: dict[str, Decoded]) -> Iterator[Fault]:
+    def check(self, session: Session) -> Iterator[Fault]:
         """Yield all faults; see `InstancesTarget.check`."""
-        opened = yield from check_lists(self.json, self.image_root, pool, decoded)
+        opened = yield from check_lists(self.json, self.image_root, self.names, session)
         if not opened:
             return
         content, images = opened
-        known = self.known_ids or frozenset(
-            c["id"] for c in content["categories"] if not lacking_keys(c, {"id"}) and is_id(c["id"])
-        )
-        yield from self._check_annotations(content["annotations"], images, known, pool)
-
-    def _check_annotations(
-        self, annotations: Sequence[Any], images: Images, known: frozenset, pool: Pool
-    ) -> Iterator[Fault]:
-        sound, tasks = [], []
-        for index, annotation in enumerate(annotations):
-            problem = _malformed(annotation)
-            if problem:
+        labels = None
+        try:
+            labels = stuff_labels(sound_categories(content), self.json)
+        except DatasetError as error:
+            yield Fault("category malformed", self.json, detail=str(error))
+        sound = {}
+        for index, annotation in enumerate(content["annotations"]):
+            if problem := _malformed(annotation):
                 yield self._fault("annotation malformed", index, annotation, detail=problem)
-                continue
-            sound.append(index)
-            image_id = annotation["image_id"]
-            if image_id in images.by_id:
-                tasks.append((index, annotation, images.sizes[image_id]))
-            elif images.lacks(image_id):
-                detail = f"image_id={image_id} is not among the images"
-                yield self._fault("annotation of unknown image", index, annotation, detail=detail)
-        for position in repeated(annotations[index]["image_id"] for index in sound):
-            index = sound[position]
-            detail = "an earlier one is of the same image"
-            yield self._fault("panoptic annotation twice", index, annotations[index], detail=detail)
-        check = partial(_check_task, target=self, known=known)
+            else:
+                sound[index] = annotation
+        yield from self._check_images(sound, images, session.images.get(self.instances_json))
+        if self.files and not session.decode:
+            yield from self._check_present(sound, session)
+        known = [index for index, a in sound.items() if a["image_id"] in images.by_id]
+        looks = self._looks(session.decode, len(known))
+        tasks = [
+            (sound[index], images.sizes[sound[index]["image_id"]], look)
+            for index, look in zip(known, looks, strict=True)
+        ]
+        ids = category_ids(content, self.names)
+        check = partial(_check_task, target=self, known=ids, labels=labels)
         title = f"Panoptic PNGs of {os.path.basename(self.json)}"
-        for (index, annotation, _), parts in zip(
-            tasks, pool.map(check, tasks, title, 16), strict=True
-        ):
+        for index, parts in zip(known, session.pool.map(check, tasks, title, 16), strict=True):
             for reason, rest, segment_id, detail in parts:
-                yield self._fault(reason, index, annotation, rest, segment_id, detail)
+                yield self._fault(reason, index, sound[index], rest, segment_id, detail)
+
+    def _looks(self, decode: bool, count: int) -> list[str]:
+        """Say of each annotation which PNGs to read: all, or the labels of the first few."""
+        if not self.files:
+            return [""] * count
+        few = min(count, _LOOKED_AT)
+        return ["all"] * count if decode else ["labels"] * few + [""] * (count - few)
+
+    def _check_images(
+        self, sound: Mapping[int, dict[str, Any]], images: Images, others: dict[Any, str] | None
+    ) -> Iterator[Fault]:
+        """Compare the images that are annotated with those listed, here and in the other json."""
+        for index in repeated({index: a["image_id"] for index, a in sound.items()}):
+            detail = "an earlier one is of the same image"
+            yield self._fault("panoptic annotation twice", index, sound[index], detail=detail)
+        annotated = {annotation["image_id"]: index for index, annotation in sound.items()}
+        for image_id, index in annotated.items():
+            if images.lacks(image_id):
+                detail = f"{image_id=} is not among the images"
+                yield self._fault("annotation of unknown image", index, sound[index], detail=detail)
+        for image_id in images.by_id:
+            if image_id not in annotated:
+                detail = "no annotation has its id: it is neither trained nor tested on"
+                yield self._image_fault("image without annotation", images, image_id, detail)
+        if others is None:
+            return
+        for image_id in [key for key in annotated if key not in others]:
+            detail = f"{self.instances_json} does not list it"
+            yield self._image_fault("images differ", images, image_id, detail)
+        for image_id, name in others.items():
+            listed = images.by_id.get(image_id, {}).get("file_name", name)
+            if image_id not in annotated:
+                detail = f"{self.instances_json} lists {name}, no annotation of this json is of it"
+                yield self._image_fault("images differ", images, image_id, detail)
+            elif name and os.path.basename(listed) != os.path.basename(name):
+                detail = f"{self.instances_json} has {name} under this id"
+                yield self._image_fault("images differ", images, image_id, detail)
+
+    def _check_present(
+        self, sound: Mapping[int, dict[str, Any]], session: Session
+    ) -> Iterator[Fault]:
+        names = [annotation["file_name"] for annotation in sound.values()]
+        for what, root in (("panoptic PNG", self.png_root), ("stuff PNG", self.stuff_root)):
+            found = session.look_at(root, names, what) if root else [Decoded()] * len(names)
+            for index, facts in zip(sound, found, strict=True):
+                if facts.state:
+                    reason = f"{what} {facts.state}"
+                    yield self._fault(reason, index, sound[index], detail=facts.detail)
+
+    def _image_fault(self, reason: str, images: Images, image_id: object, detail: str) -> Fault:
+        return Fault(reason, self.json, (), images.file(image_id), image_id, None, detail)
 
     def _fault(
         self,
@@ -107,69 +165,95 @@ class PanopticTarget(NamedTuple):
 
 
 def _malformed(annotation: object) -> str:
-    lacking = lacking_keys(annotation, PANOPTIC_KEYS)
-    if lacking:
-        return f"it lacks {', '.join(lacking)}"
-    types = {"image_id": int | str, "file_name": str, "segments_info": list}
-    wrong = [key for key, kind in types.items() if not isinstance(annotation[key], kind)]
-    return f"{', '.join(wrong)} of a wrong type" if wrong else ""
+    if lacking := lacking_keys(annotation, "image_id", "file_name", "segments_info"):
+        return lacking
+    sound = {
+        "image_id": is_id(annotation["image_id"]),
+        "file_name": is_file_name(annotation["file_name"]),
+        "segments_info": isinstance(annotation["segments_info"], list),
+    }
+    return ", ".join(
+        f"{key}={annotation[key]!r}" for key, is_sound in sound.items() if not is_sound
+    )
 
 
 # One image, in a worker -------------------------------------------------------------------------
 
 
 def _check_task(
-    task: tuple[int, dict[str, Any], Sequence[Size]], target: PanopticTarget, known: frozenset
+    task: tuple[dict[str, Any], Sequence[Size], str],
+    target: PanopticTarget,
+    known: frozenset,
+    labels: dict[int, int] | None,
 ) -> list[Part]:
-    _, annotation, sizes = task
-    parts, segments = [], {}
-    for position, segment in enumerate(annotation["segments_info"]):
-        problem = _malformed_segment(segment)
-        if problem:
-            parts.append(("segment malformed", (), _id_of(segment), problem))
+    annotation, sizes, look = task
+    return list(_check_annotation(annotation, sizes, look, target, known, labels))
+
+
+def _check_annotation(
+    annotation: dict[str, Any],
+    sizes: Sequence[Size],
+    look: str,
+    target: PanopticTarget,
+    known: frozenset,
+    labels: dict[int, int] | None,
+) -> Iterator[Part]:
+    segments = yield from _check_segments(annotation["segments_info"], known, target.area)
+    expected, name = None, annotation["file_name"]
+    if look == "all":
+        path = os.path.join(target.png_root, name)
+        ids = yield from _check_panoptic_png(path, sizes, segments)
+        if ids is not None and labels is not None:
+            expected = _expected_labels(ids, segments, labels)
+    if look and target.stuff_root is not None:
+        stuff = _check_stuff_png(os.path.join(target.stuff_root, name), sizes, labels, expected)
+        yield from (part for part in stuff if look == "all" or part[0] == "stuff PNG label unknown")
+
+
+def _check_segments(
+    entries: Sequence[Any], known: frozenset, area: bool
+) -> Generator[Part, None, dict[int, tuple[int, dict[str, Any]]]]:
+    """Yield what is wrong with the segments of an image; return the sound ones."""
+    segments: dict[int, tuple[int, dict[str, Any]]] = {}
+    for position, segment in enumerate(entries):
+        if problem := _malformed_segment(segment, area):
+            segment_id = segment.get("id") if isinstance(segment, Mapping) else None
+            yield "segment malformed", (), segment_id, problem
             continue
         if segment["category_id"] not in known:
-            detail = f"category_id={segment['category_id']}"
-            parts.append(("category unknown", (), segment["id"], detail))
+            yield "category unknown", (), segment["id"], f"category_id={segment['category_id']}"
         if segment["id"] in segments:
             rest = ("segments_info", position)
-            parts.append(("segment id twice", rest, segment["id"], "an earlier one has it"))
+            yield "segment id twice", rest, segment["id"], "an earlier one has it"
         else:
             segments[segment["id"]] = (position, segment)
-    if target.files:
-        parts += _check_panoptic_png(target, annotation["file_name"], sizes, segments)
-        if target.stuff_root is not None:
-            parts += _check_stuff_png(target, annotation["file_name"], sizes)
-    return parts
+    return segments
 
 
-def _malformed_segment(segment: object) -> str:
-    lacking = lacking_keys(segment, SEGMENT_KEYS | {"area"})  # PQ takes the json's area
-    if lacking:
-        return f"it lacks {', '.join(lacking)}"
+def _malformed_segment(segment: object, area: bool) -> str:
+    needed = ("id", "category_id", *(("area",) if area else ()))  # PQ takes the json's area
+    if lacking := lacking_keys(segment, *needed):
+        return lacking
+    stated = segment.get("area", 0)
     sound = {
         "id": type(segment["id"]) is int,
         "category_id": is_id(segment["category_id"]),
-        "area": type(segment["area"]) in (int, float),
+        "area": type(stated) in (int, float) and 0 <= stated < float("inf"),
+        "iscrowd": segment.get("iscrowd", 0) in (0, 1),
     }
-    return ", ".join(f"{key}={segment[key]!r}" for key, is_sound in sound.items() if not is_sound)
-
-
-def _id_of(segment: object) -> object:
-    return segment.get("id") if isinstance(segment, Mapping) else None
+    return ", ".join(f"{key}={segment.get(key)!r}" for key in sound if not sound[key])
 
 
 def _check_panoptic_png(
-    target: PanopticTarget,
-    name: str,
-    sizes: Sequence[Size],
-    segments: dict[int, tuple[int, dict[str, Any]]],
-) -> Iterator[Part]:
-    facts, pixels = read_pixels(os.path.join(target.png_root, name), "RGB")
+    path: str, sizes: Sequence[Size], segments: Segments
+) -> Generator[Part, None, np.ndarray | None]:
+    """Yield what is wrong with a panoptic PNG; return its ids."""
+    facts, pixels = read_pixels(path, "RGB")
     yield from _file_parts("panoptic PNG", facts, sizes)
     if pixels is None or facts.size not in sizes:
-        return
-    extents = segment_extents(rgb_to_id(pixels))
+        return None
+    ids = rgb_to_id(pixels)
+    extents = segment_extents(ids)
     extents.pop(0, None)  # void
     for number, (position, segment) in segments.items():
         if number not in extents:
@@ -184,10 +268,11 @@ def _check_panoptic_png(
     if len(strangers) > _LISTED:
         detail = f"and {len(strangers) - _LISTED} more ids; was the PNG resized or made a JPEG?"
         yield "segment in the PNG alone", (), None, detail
+    return ids
 
 
 def _compare(segment: Mapping[str, Any], area: int, box: Box) -> Iterator[Part]:
-    if not abs(segment["area"] - area) <= TOLERANCE:  # true of NaN too
+    if "area" in segment and abs(segment["area"] - area) > TOLERANCE:
         detail = f"{segment['area']} in the json, {area} pixels in the PNG"
         yield "segment area differs", (), segment["id"], detail
     if "bbox" not in segment:
@@ -202,16 +287,37 @@ def _compare(segment: Mapping[str, Any], area: int, box: Box) -> Iterator[Part]:
         yield "segment box differs", (), segment["id"], detail
 
 
-def _check_stuff_png(target: PanopticTarget, name: str, sizes: Sequence[Size]) -> Iterator[Part]:
-    facts, labels = read_pixels(os.path.join(target.stuff_root, name), "L")
+def _expected_labels(ids: np.ndarray, segments: Segments, labels: dict[int, int]) -> np.ndarray:
+    """Return the stuff labels that a panoptic PNG leads to."""
+    expected = np.full(ids.shape, VOID, np.uint8)
+    for number, (_, segment) in segments.items():
+        expected[ids == number] = labels.get(segment["category_id"], VOID)
+    return expected
+
+
+def _check_stuff_png(
+    path: str,
+    sizes: Sequence[Size],
+    labels: dict[int, int] | None,
+    expected: np.ndarray | None,
+) -> Iterator[Part]:
+    facts, values = read_pixels(path, "L")
     yield from _file_parts("stuff PNG", facts, sizes)
-    if labels is None:
+    if values is None or labels is None:
         return
-    unknown = unknown_labels(labels, target.num_stuff_classes)
-    if unknown:
+    present = np.flatnonzero(np.bincount(values.ravel(), minlength=VOID + 1)).tolist()
+    count = max(labels.values()) + 1
+    if unknown := [label for label in present if count <= label != VOID]:
         listed = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
-        detail = f"{listed}; there are {target.num_stuff_classes} stuff classes"
+        detail = f"{listed}; there are {count} stuff classes with 'things'"
         yield "stuff PNG label unknown", (), None, detail
+    elif expected is not None and values.shape[:2] == expected.shape:
+        share = np.mean(values.reshape(expected.shape) != expected)
+        if share > _OTHER_LABELS:
+            detail = (
+                f"{share:.0%} of its pixels have another label than the panoptic PNG's segments"
+            )
+            yield "stuff PNG of another image", (), None, detail
 
 
 def _file_parts(what: str, facts: Decoded, sizes: Sequence[Size]) -> Iterator[Part]:

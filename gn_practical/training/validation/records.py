@@ -5,10 +5,8 @@ from typing import NamedTuple
 
 from detectron2.data import DatasetCatalog
 
-from gn_practical.training.data.pool import Pool
-from gn_practical.training.validation.files import Decoded, decode_file
 from gn_practical.training.validation.findings import Fault
-from gn_practical.training.validation.images import describe_size
+from gn_practical.training.validation.images import Session, describe_size
 
 _FILES = {
     "file_name": "image",
@@ -26,7 +24,7 @@ class RecordsTarget(NamedTuple):
 
     json: str
 
-    def check(self, pool: Pool, decoded: dict[str, Decoded]) -> Iterator[Fault]:
+    def check(self, session: Session) -> Iterator[Fault]:
         """Yield all faults of files; see `InstancesTarget.check`."""
         try:
             records = DatasetCatalog.get(self.json)
@@ -39,11 +37,10 @@ class RecordsTarget(NamedTuple):
             for key in _FILES
             if key in record
         ]
-        new = list(dict.fromkeys(r[key] for _, r, key in tasks if r[key] not in decoded))
-        for path, facts in zip(new, pool.map(decode_file, new, self.json), strict=True):
-            decoded[path] = facts
-        for index, record, key in tasks:
-            facts, stated = decoded[record[key]], (record.get("width"), record.get("height"))
+        paths = [record[key] for _, record, key in tasks]
+        found = session.look_at("", paths, self.json)
+        for (index, record, key), facts in zip(tasks, found, strict=True):
+            stated = (record.get("width"), record.get("height"))
             place = (self.json, (index,), record[key], record.get("image_id"), None)
             if facts.state:
                 yield Fault(f"{_FILES[key]} {facts.state}", *place, facts.detail)

@@ -1,7 +1,6 @@
 """The result of a validation: on the screen, and in a file."""
 
 import csv
-import json
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gn_practical.training.atomic import refuse_overwriting, replace_file, write_json
 from gn_practical.training.validation.findings import (
     ERROR,
     REASONS,
@@ -69,7 +69,7 @@ class Report:
         for reason in sorted(groups, key=lambda r: (REASONS[r] != ERROR, -len(groups[r]))):
             found = groups[reason]
             lines.append(f"{REASONS[reason]}: {reason} ({len(found)})")
-            lines += [f"  {_line(fault)}" for fault in found[:first]]
+            lines += [f"  {describe(fault)}" for fault in found[:first]]
             if len(found) > first:
                 lines.append(f"  ... and {len(found) - first} more")
         return "\n".join([*lines, self.summary(), ""])
@@ -94,14 +94,14 @@ class Report:
         check_ending(path)
         rows = [_row(fault) for fault in self.distinct()]
         try:
+            refuse_overwriting([path], [*self.checked, *self.unchecked])
+            if Path(path).suffix == ".json":
+                return write_json(path, self._content(rows), indent=1)
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "w", encoding="utf-8", newline="") as file:
-                if Path(path).suffix == ".csv":
-                    writer = csv.DictWriter(file, _COLUMNS)
-                    writer.writeheader()
-                    writer.writerows(rows)
-                else:
-                    json.dump(self._content(rows), file, indent=1)
+            with replace_file(path) as temporary, open(temporary, "w", newline="") as file:
+                writer = csv.DictWriter(file, _COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows)
         except OSError as error:
             raise ValueError(
                 f"output must be a file that can be written, got {error}. Choose another."
@@ -132,7 +132,7 @@ def _row(fault: Fault) -> dict[str, Any]:
     return {column: values[column] for column in _COLUMNS}
 
 
-def _line(fault: Fault) -> str:
+def describe(fault: Fault) -> str:
     """Write a fault: where, which, what."""
     kind = "segment" if "PNG" in fault.reason or "segment" in fault.reason else "annotation"
     ids = {"image": fault.image_id, kind: fault.annotation_id}

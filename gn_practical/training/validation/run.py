@@ -4,14 +4,17 @@ from collections.abc import Sequence
 
 from gn_practical.training.data.errors import DatasetError
 from gn_practical.training.data.pool import Pool
-from gn_practical.training.validation.files import Decoded
 from gn_practical.training.validation.findings import Fault
+from gn_practical.training.validation.images import Session
 from gn_practical.training.validation.report import Report
 from gn_practical.training.validation.targets import Target
 
 
 def validate(
-    targets: Sequence[Target], workers: int | None = None, show_progress: bool = True
+    targets: Sequence[Target],
+    workers: int | None = None,
+    show_progress: bool = True,
+    decode: bool = True,
 ) -> Report:
     """Find everything that is wrong with data sets: all images, PNGs and annotations.
 
@@ -19,8 +22,9 @@ def validate(
 
     Args:
         targets: what to check, e.g. from `targets_of`.
-        workers: processes; all cores by default.
+        workers: processes; all cores by default, 0 for this process alone.
         show_progress: draw progress bars.
+        decode: False to ask of files only whether they are there.
 
     Returns:
         The report.
@@ -31,20 +35,16 @@ def validate(
     Example:
         >>> validate([InstancesTarget("train.json", "train")])  # doctest: +SKIP
     """
-    report, decoded = Report(unchecked=[target.json for target in targets]), {}
+    report = Report(unchecked=[target.json for target in targets])
     try:
         with Pool(workers, show_progress) as pool:
+            session = Session(pool, decode)
             for target in targets:
-                _check(target, pool, decoded, report)
+                try:
+                    report.faults.extend(target.check(session))
+                except DatasetError as error:
+                    report.faults.append(Fault("json unusable", target.json, detail=str(error)))
                 report.checked.append(report.unchecked.pop(0))
     except KeyboardInterrupt:
         pass  # `unchecked` says so
     return report
-
-
-def _check(target: Target, pool: Pool, decoded: dict[str, Decoded], report: Report) -> None:
-    try:
-        for fault in target.check(pool, decoded):
-            report.add(fault)
-    except DatasetError as error:
-        report.add(Fault("json unusable", target.json, detail=str(error)))

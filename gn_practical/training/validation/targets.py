@@ -1,13 +1,13 @@
 """What to validate: the data sets of a config."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
 
-from gn_practical.training.data.checks import ensure_registered
-from gn_practical.training.data.coco_format import VOID
+from gn_practical.training.data.registration import ensure_registered
+from gn_practical.training.validation.images import Names
 from gn_practical.training.validation.instances import InstancesTarget
 from gn_practical.training.validation.panoptic import PanopticTarget
 from gn_practical.training.validation.records import RecordsTarget
@@ -15,13 +15,16 @@ from gn_practical.training.validation.records import RecordsTarget
 Target = InstancesTarget | PanopticTarget | RecordsTarget
 
 
-def targets_of(cfg: CfgNode, files: bool = True) -> list[Target]:
+def targets_of(
+    cfg: CfgNode, files: bool = True, names: Sequence[str] | None = None
+) -> list[Target]:
     """Return what is to be validated of the data sets that a config trains and tests on.
 
     Args:
         cfg: a config, its data sets registered, as ``load_cfg`` returns it. The embedded scenes are
             drawn if it uses them.
-        files: False to leave images and PNGs unread.
+        files: False to leave images and PNGs out.
+        names: of the data sets; all of ``DATASETS.TRAIN`` and ``DATASETS.TEST`` by default.
 
     Raises:
         DatasetError: if a name is not registered.
@@ -33,7 +36,8 @@ def targets_of(cfg: CfgNode, files: bool = True) -> list[Target]:
         >>> targets_of(cfg)[0].json
         '.../coco/annotations/instances_val2017.json'
     """
-    names = list(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
+    if names is None:
+        names = list(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
     ensure_registered(names)
     targets = [target for name in names for target in _targets(cfg, name, files)]
     return list(dict.fromkeys(targets))
@@ -46,26 +50,36 @@ def _targets(cfg: CfgNode, name: str, files: bool) -> Iterator[Target]:
             yield RecordsTarget(name)
         return
     image_root = metadata.get("image_root") if files else None
+    trains, tests = name in cfg.DATASETS.TRAIN, name in cfg.DATASETS.TEST
     if metadata.get("json_file"):
         yield InstancesTarget(
             json=metadata.json_file,
             image_root=image_root,
-            known_ids=_ids(metadata, "thing"),
+            names=_names(metadata, "thing"),
             masks=bool(cfg.MODEL.MASK_ON),
-            area=name in cfg.DATASETS.TEST,
+            area=tests,
+            rle=not (trains and cfg.MODEL.MASK_ON) or cfg.INPUT.MASK_FORMAT == "bitmask",
+            trains=trains and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         )
     if metadata.get("panoptic_json"):
         yield PanopticTarget(
             json=metadata.panoptic_json,
             png_root=metadata.panoptic_root,
             image_root=image_root,
-            known_ids=_ids(metadata, "thing", "stuff"),
+            names=_names(metadata, "thing", "stuff"),
             stuff_root=metadata.get("sem_seg_root"),
-            num_stuff_classes=len(metadata.get("stuff_classes") or range(VOID)),
             files=files,
+            instances_json=metadata.get("json_file"),
+            area=tests,
         )
 
 
-def _ids(metadata: Metadata, *kinds: str) -> frozenset | None:
-    ids = [metadata.get(f"{kind}_dataset_id_to_contiguous_id") or {} for kind in kinds]
-    return frozenset().union(*ids) or None
+def _names(metadata: Metadata, *kinds: str) -> Names | None:
+    """Return id and name of the categories, but of the label that stands for all things."""
+    names = [
+        (key, metadata.get(f"{kind}_classes")[index])
+        for kind in kinds
+        for key, index in (metadata.get(f"{kind}_dataset_id_to_contiguous_id") or {}).items()
+        if (kind, index) != ("stuff", 0)
+    ]
+    return tuple(names) or None

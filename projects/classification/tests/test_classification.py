@@ -18,7 +18,7 @@ from torchvision.models import resnet50
 from gn_practical import PracticalGroupNorm, build_model
 from gn_practical.layers import group_norm
 from gn_practical.training.checkpoint import GroupsCheckpointer
-from gn_practical.training.engine import load_cfg
+from gn_practical.training.engine import launch, load_cfg
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DIGITS = ["DATASETS.TRAIN", '("digits_train",)', "DATASETS.TEST", '("digits_val",)']
@@ -37,7 +37,7 @@ def nothing_loaded():
 def run(config, output_dir, *overrides, flags=()):
     words = ["--config-file", CONFIGS / config, *flags, *DIGITS, *TINY]
     words += ["OUTPUT_DIR", output_dir, *overrides]
-    return main(argument_parser().parse_args([str(word) for word in words]))
+    return launch(main, argument_parser().parse_args([str(word) for word in words]))
 
 
 def config_of(name, *overrides):

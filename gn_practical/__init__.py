@@ -1,7 +1,7 @@
 """Group normalization with the practical number of groups, for Detectron2.
 
-Importing the package makes the norm type "PGN" known to Detectron2's ``get_norm``, and changes
-nothing else. The trainer is ``gn_practical.training``.
+Importing the package makes the norm type "PGN" and its relatives known to Detectron2's
+``get_norm``, and changes nothing else. The trainer is ``gn_practical.training``.
 """
 
 import warnings
@@ -12,7 +12,14 @@ with warnings.catch_warnings():
 
     from gn_practical.config import add_pgn_config
     from gn_practical.layers import PracticalGroupNorm, WSConv2d, standardize_weight
-    from gn_practical.modeling import bind_group_norms, build_model, convert_to_ws, register_pgn
+    from gn_practical.modeling import (
+        bind_group_norms,
+        build_model,
+        convert_to_ws,
+        fuse_norms,
+        register_norm,
+        register_pgn,
+    )
     from gn_practical.num_groups import (
         gradient_variance_ratio,
         ideal_num_groups,
@@ -27,9 +34,11 @@ __all__ = [
     "bind_group_norms",
     "build_model",
     "convert_to_ws",
+    "fuse_norms",
     "gradient_variance_ratio",
     "ideal_num_groups",
     "practical_num_groups",
+    "register_norm",
     "register_pgn",
     "standardize_weight",
 ]

@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 def add_pgn_config(cfg: CfgNode) -> None:
     """Add the keys of the norm, with their defaults, to a Detectron2 config in place.
 
-    What a node holds already is kept, so calling it twice changes nothing.
+    What the config holds already is kept, so calling it twice changes nothing.
 
     Args:
         cfg: a config as ``detectron2.config.get_cfg()`` returns it.
@@ -18,10 +18,34 @@ def add_pgn_config(cfg: CfgNode) -> None:
         >>> cfg.MODEL.PGN.NUM_GROUPS
         0
     """
-    if "PGN" not in cfg.MODEL:
-        cfg.MODEL.PGN = _group_norm_keys()
-    if "WS" not in cfg.MODEL:
-        cfg.MODEL.WS = _weight_standardization_keys()
+    for name, keys in _defaults().items():
+        node = cfg.MODEL.setdefault(name, CfgNode())
+        for key, value in keys.items():
+            node.setdefault(key, value)
+
+
+def check_pgn_config(cfg: CfgNode) -> None:
+    """Refuse a config without the keys of the norm.
+
+    Raises:
+        ValueError: if one is missing.
+    """
+    missing = [
+        f"MODEL.{name}.{key}"
+        for name, keys in _defaults().items()
+        for key in keys
+        if key not in cfg.MODEL.get(name, {})
+    ]
+    if missing:
+        raise ValueError(
+            "the config must have the keys of the norm, got one without "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. Call "
+            "gn_practical.add_pgn_config(cfg) right after get_cfg()."
+        )
+
+
+def _defaults() -> dict[str, CfgNode]:
+    return {"PGN": _group_norm_keys(), "WS": _weight_standardization_keys()}
 
 
 def _group_norm_keys() -> CfgNode:

@@ -4,33 +4,71 @@ import logging
 from functools import cache
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from gn_practical.layers.fused_group_norm import fused_group_norm
 from gn_practical.num_groups import gradient_variance_ratio
 
 
-class PracticalGroupNorm(nn.GroupNorm):
+class FusedGroupNorm(nn.GroupNorm):
+    """``nn.GroupNorm`` on this package's operator, with residual and ReLU in the same pass.
+
+    Each of the G groups of a sample is normalized by its mean and biased variance, eps under the
+    root; then each channel is scaled and shifted. Statistics are computed in float32 at least. See
+    :func:`~gn_practical.layers.fused_group_norm.fused_group_norm`.
+
+    A group that holds one value at run time, C/G * H * W = 1, makes the output constant and the
+    gradient zero. The layer refuses it.
+
+    Args:
+        num_groups: G, a divisor of C.
+        num_channels: C, channels of the input.
+        eps: added to the variance under the root.
+        affine: learn a scale and a shift for each channel.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        - Input: (N, C, *)
+        - Output: as the input.
+
+    Raises:
+        ValueError: at run time, where a group holds a single value.
+
+    Example:
+        >>> FusedGroupNorm(8, 64)(torch.randn(2, 64, 8, 8), relu=True).shape
+        torch.Size([2, 64, 8, 8])
+    """
+
+    # Run groups of a single value, with a warning, for an experiment that shows what they do.
+    allow_degenerate = False
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """Normalize ``input`` of shape (N, C, *), then add ``residual``, then apply ReLU."""
+        groups, weight, bias, eps = self.num_groups, self.weight, self.bias, self.eps
+        if torch.jit.is_scripting():
+            return fused_group_norm(input, groups, weight, bias, eps, residual, relu)
+        return _run(input, groups, weight, bias, eps, residual, relu, self.allow_degenerate)
+
+
+class PracticalGroupNorm(FusedGroupNorm):
     """Group normalization with the practical number of groups (Algorithm 1 of arXiv:2302.03193).
 
     A norm layer is made from its number of channels alone, as in ``get_norm("PGN", C)``, and the
     rule needs the input channels of the weight layer before it as well. So the layer is made
     unbound and refuses to run until :meth:`bind` sets its groups in place, by
-    ``gn_practical.bind_group_norms`` for a whole model or by hand.
+    ``gn_practical.bind_group_norms`` for a whole model or by hand. It normalizes as
+    :class:`FusedGroupNorm` does.
 
-    Each of the G groups of a sample is normalized by its mean and biased variance, eps under the
-    root; then each channel is scaled and shifted. Statistics are computed in float32 at least.
-
-    Differences from the paper: a group that holds one value at run time, C/G * H * W = 1, makes
-    the output constant and the gradient zero. The layer refuses it.
-
-    Runs as :func:`~gn_practical.layers.fused_group_norm.fused_group_norm`, which adds a residual
-    and applies ReLU in the same pass where it is told to.
+    Differences from the paper: groups of a single value are refused.
 
     Args:
         num_channels: C, channels of the input, and ``out_channels`` of the layer that feeds it.
         eps: added to the variance under the root.
         affine: learn a scale and a shift for each channel.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         - Input: (N, C, *)
@@ -50,14 +88,20 @@ class PracticalGroupNorm(nn.GroupNorm):
     """
 
     in_channels: int | None
-    # Run groups of a single value, with a warning, for an experiment that shows what they do.
-    allow_degenerate = False
 
-    def __init__(self, num_channels: int, eps: float = 1e-5, affine: bool = True) -> None:
-        super().__init__(1, num_channels, eps=eps, affine=affine)
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(1, num_channels, eps=eps, affine=affine, device=device, dtype=dtype)
         self.num_groups = 0
         self.in_channels = None
 
+    @torch.jit.unused
     def bind(self, in_channels: int, num_groups: int) -> None:
         """Set the groups in place.
 
@@ -72,39 +116,57 @@ class PracticalGroupNorm(nn.GroupNorm):
         self.in_channels = in_channels
         self.num_groups = num_groups
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        """Normalize ``input`` of shape (N, C, *), then add ``residual``, then apply ReLU."""
-        if not self.num_groups:
-            raise RuntimeError(
-                "PracticalGroupNorm must be bound to the layer that feeds it before it runs, got "
-                f"num_groups={self.num_groups} for {self.num_channels} channels. Call "
-                "gn_practical.bind_group_norms(model) once, or norm.bind(in_channels, num_groups)."
-            )
-        if not torch.jit.is_tracing():
-            self._refuse_degenerate_groups(input)
-        return fused_group_norm(
-            input, self.num_groups, self.weight, self.bias, self.eps, residual, relu
-        )
-
-    def _refuse_degenerate_groups(self, input: Tensor) -> None:
-        size = self.num_channels // self.num_groups
-        if size > 1 or input.numel() != input.shape[0] * input.shape[1] or not input.numel():
-            return
-        message = (
-            "A group must hold more than one value, or its output is constant and its gradient "
-            f"zero, got num_groups={self.num_groups} for an input of shape {tuple(input.shape)}. "
-            "Choose fewer groups for this layer: MODEL.PGN.LAYER_NUM_GROUPS or "
-            "norm.bind(in_channels, num_groups). MODEL.PGN.ALLOW_DEGENERATE True runs it as it is."
-        )
-        if not self.allow_degenerate:
-            raise ValueError(message)
-        _warn_once(message)
-
     def extra_repr(self) -> str:
         """Show both channels, the groups and the options."""
         channels = f"{self.in_channels or '?'} -> {self.num_channels}"
         groups = self.num_groups or "unbound"
         return f"{channels}, num_groups={groups}, eps={self.eps}, affine={self.affine}"
+
+
+@torch.fx.wrap  # one node of a traced graph: what it does depends on the input
+def _run(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+    allow_degenerate: bool,
+) -> Tensor:
+    if not num_groups:
+        raise RuntimeError(
+            "PracticalGroupNorm must be bound to the layer that feeds it before it runs, got "
+            f"num_groups={num_groups} for {input.shape[1]} channels. Call "
+            "gn_practical.bind_group_norms(model) once, or norm.bind(in_channels, num_groups)."
+        )
+    if num_groups == input.shape[1] and not torch.jit.is_tracing():
+        refuse_single_values(input, f"num_groups={num_groups}", allow_degenerate)
+    return fused_group_norm(input, num_groups, weight, bias, eps, residual, relu)
+
+
+def refuse_single_values(input: Tensor, what: str, allow: bool) -> None:
+    """Refuse an input with one value a channel, for norms of each channel by itself.
+
+    Args:
+        input: of shape (N, C, *).
+        what: has such groups, for the message.
+        allow: warn in place of an error.
+
+    Raises:
+        ValueError: if there is one value a channel and sample.
+    """
+    if input.numel() != input.shape[0] * input.shape[1] or not input.numel():
+        return
+    message = (
+        "A group must hold more than one value, or its output is constant and its gradient "
+        f"zero, got {what} for an input of shape {tuple(input.shape)}. "
+        "Choose fewer groups for this layer: MODEL.PGN.LAYER_NUM_GROUPS or "
+        "norm.bind(in_channels, num_groups). MODEL.PGN.ALLOW_DEGENERATE True runs it as it is."
+    )
+    if not allow:
+        raise ValueError(message)
+    _warn_once(message)
 
 
 @cache

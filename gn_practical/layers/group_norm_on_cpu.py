@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gn_practical.layers.backends import DTYPES, differentiable_grads, memory_format
+from gn_practical.layers.torch_internals import batch_norm_backward, transforms_active
 
 SLAB = 2048  # pixels that a thread of the backward pass of channels_last adds up in one go
 SMALL = 2**17  # values of an input whose norm takes some 0.1 ms
@@ -36,7 +37,7 @@ def group_norm_in_training(
         x.numel() < SMALL
         or x.dtype is not torch.float32
         or not differentiated
-        or torch._C._are_functorch_transforms_active()
+        or transforms_active()
     ):
         return torch.group_norm(x, num_groups, weight, bias, eps), x
     x = x.contiguous(memory_format=memory_format(x))
@@ -120,7 +121,7 @@ def _sample_backward(
     # In slabs, because each thread adds up one pixel after the other, inexactly for many.
     slabs = max(1, SLAB * torch.get_num_threads() // x.shape[3])
     parts = [
-        torch.ops.aten.native_batch_norm_backward(
+        batch_norm_backward(
             d, t, weight, mean, rstd.pow(-2), None, None, False, 0.0, [False, True, True]
         )
         for d, t in zip(dy.split(slabs, 2), x.split(slabs, 2), strict=True)

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
+
+from gn_practical.layers import torch_internals as internals
 
 LONGEST_CHAIN = 4  # the projection of a ResNet's stage and three blocks
 
@@ -40,11 +41,12 @@ class _Stored(NamedTuple):
     chain: int = 0
 
     def unpack(self) -> Tensor:
-        if self.tensor._version != self.version:  # autograd does not look where there are hooks
+        version = internals.version(self.tensor)
+        if version != self.version:  # autograd does not look where there are hooks
             raise RuntimeError(
                 "A tensor needed for the gradient must not be modified in place, got version "
-                f"{self.tensor._version} of a tensor of shape {tuple(self.tensor.shape)} saved at "
-                f"version {self.version}. Modify a copy, or after the backward pass."
+                f"{version} of a tensor of shape {tuple(self.tensor.shape)} saved at version "
+                f"{self.version}. Modify a copy, or after the backward pass."
             )
         return self.tensor
 
@@ -67,7 +69,7 @@ class _Output:
     def __init__(
         self, y: Tensor, version: int, function: Callable[..., Tensor], inputs: tuple
     ) -> None:
-        self.storage = StorageWeakRef(y.untyped_storage())  # so that no other gets its address
+        self.storage = internals.reserve_storage(y)
         self.version, self.dtype = version, y.dtype
         self.function = function
         self.inputs = [None if t is None else _pack(t.detach()) for t in inputs]
@@ -83,10 +85,11 @@ class _Output:
 
 def _pack(tensor: Tensor) -> _Stored | _View:
     if tensor.layout is torch.strided:
-        output = (_state.outputs or {}).get(tensor.untyped_storage()._cdata)
-        if output is not None and (output.version, output.dtype) == (tensor._version, tensor.dtype):
+        output = (_state.outputs or {}).get(internals.storage_key(tensor))
+        found = (internals.version(tensor), tensor.dtype)
+        if output is not None and (output.version, output.dtype) == found:
             return _View(output, (tensor.shape, tensor.stride(), tensor.storage_offset()))
-    return _Stored(tensor, tensor._version)
+    return _Stored(tensor, internals.version(tensor))
 
 
 def _save(tensor: Tensor) -> _Stored | _View:
@@ -119,9 +122,9 @@ def remember(
     """
     if _state.outputs is None or not any(t.requires_grad for t in inputs if t is not None):
         return
-    output = _Output(y, y._version + writes, function, inputs)
+    output = _Output(y, internals.version(y) + writes, function, inputs)
     if output.chain <= LONGEST_CHAIN:
-        _state.outputs[y.untyped_storage()._cdata] = output
+        _state.outputs[internals.storage_key(y)] = output
 
 
 def is_active() -> bool:

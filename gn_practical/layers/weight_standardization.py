@@ -4,6 +4,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 from detectron2.layers import Conv2d
 from torch import Tensor
 
@@ -13,10 +14,12 @@ from gn_practical.layers.backends import (
     kernels_run,
     relative_difference,
 )
+from gn_practical.layers.torch_internals import convolve, layer_norm_backward, version
 
 EPS = 1e-5
 
 
+@torch.fx.wrap  # one node of a traced graph: what it does depends on the weight
 def standardize_weight(weight: Tensor, eps: float = EPS) -> Tensor:
     """Standardize each output filter: (W - mean) / (std + eps), with the unbiased std.
 
@@ -41,6 +44,8 @@ def standardize_weight(weight: Tensor, eps: float = EPS) -> Tensor:
         >>> w.flatten(1).std(1).allclose(torch.ones(8), atol=1e-4)
         True
     """
+    if torch.jit.is_scripting():
+        return _compose(weight.flatten(1), eps).view_as(weight)
     fan_in = weight[0].numel()
     if fan_in < 2:
         raise ValueError(
@@ -95,7 +100,7 @@ class _Standardize(torch.autograd.Function):
         t = torch.rsub(r, kappa, alpha=-ctx.eps)
         # In a constant filter x̂ is rounding error alone, and its term must vanish.
         factor = (t * kappa).sqrt_().masked_fill_(t > 1e6, 1.0)
-        grad, _, _ = torch.ops.aten.native_layer_norm_backward(
+        grad, _, _ = layer_norm_backward(
             dy, y, y.shape[1:], torch.zeros_like(r), factor, None, None, [True, False, False]
         )
         return grad.mul_(r / (t * factor)), None
@@ -177,7 +182,7 @@ class _Cache(NamedTuple):
         return (
             self.source.data_ptr() == weight.data_ptr()
             and self.source.dtype == weight.dtype
-            and self.version == weight._version
+            and self.version == version(weight)
         )
 
 
@@ -210,15 +215,24 @@ class WSConv2d(Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``x`` with the standardized weight, then apply ``norm`` and ``activation``."""
-        x = self._conv_forward(x, self._standardized_weight(), self.bias)
+        x = self.convolve(x)
         if self.norm is not None:
             x = self.norm(x)
         if self.activation is not None:
             x = self.activation(x)
         return x
 
-    def _standardized_weight(self) -> Tensor:
+    def convolve(self, x: Tensor) -> Tensor:
+        """Convolve ``x`` with the standardized weight."""
+        if torch.jit.is_scripting():
+            return self._conv_forward(x, standardize_weight(self.weight), self.bias)
+        return convolve(self, x, self._standardized_weight(x))
+
+    @torch.jit.unused
+    def _standardized_weight(self, x: Tensor) -> Tensor:
         weight = self.weight
+        if isinstance(x, torch.fx.Proxy):
+            return standardize_weight(weight)
         needs_grad = torch.is_grad_enabled() and weight.requires_grad
         if needs_grad or torch.jit.is_tracing() or torch.compiler.is_compiling():
             return standardize_weight(weight)
@@ -226,7 +240,7 @@ class WSConv2d(Conv2d):
             # Not in inference mode: such a tensor could not take part in training later on.
             with torch.inference_mode(False), torch.no_grad():
                 standardized = standardize_weight(weight.detach())
-            self._cache = _Cache(weight.detach(), weight._version, standardized)
+            self._cache = _Cache(weight.detach(), version(weight), standardized)
         return self._cache.standardized
 
     def train(self, mode: bool = True) -> "WSConv2d":

@@ -3,7 +3,8 @@
 from gn_practical.modeling.binding import GroupNormBinding, bind_group_norms
 from gn_practical.modeling.build import bind_model, build_model
 from gn_practical.modeling.conversion import convert_to_ws
-from gn_practical.modeling.registration import register_pgn, unregister_pgn
+from gn_practical.modeling.fusion import fuse_norms
+from gn_practical.modeling.registration import register_norm, register_pgn, unregister_pgn
 
 __all__ = [
     "GroupNormBinding",
@@ -11,6 +12,8 @@ __all__ = [
     "bind_model",
     "build_model",
     "convert_to_ws",
+    "fuse_norms",
+    "register_norm",
     "register_pgn",
     "unregister_pgn",
 ]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from gn_practical.layers import PracticalGroupNorm
+from gn_practical.layers.protocol import BindableNorm, norm_channels
 from gn_practical.num_groups import (
     gradient_variance_ratio,
     ideal_num_groups,
@@ -61,7 +61,7 @@ def bind_group_norms(
     layer_num_groups: PatternValues = (),
     in_channels: PatternValues = (),
 ) -> list[GroupNormBinding]:
-    """Bind every :class:`PracticalGroupNorm` of ``model`` to the layer that feeds it, in place.
+    """Bind every ``PracticalGroupNorm`` of ``model`` to the layer that feeds it, in place.
 
     A norm belongs to the layer whose attribute it is (``conv.norm``), or else to the nearest
     weight layer before it among its siblings (``conv1, bn1, conv2, bn2``; ``Sequential``). Where
@@ -87,13 +87,14 @@ def bind_group_norms(
             layer's channels, or a pattern matches no norm; with the paths of the layers.
 
     Example:
+        >>> from gn_practical import PracticalGroupNorm
         >>> from torchvision.models import resnet18
         >>> model = resnet18(norm_layer=PracticalGroupNorm)
         >>> table = bind_group_norms(model)
         >>> len(table), model.bn1
         (20, PracticalGroupNorm(3 -> 64, num_groups=1, eps=1e-05, affine=True))
     """
-    norms = {p: m for p, m in model.named_modules() if isinstance(m, PracticalGroupNorm)}
+    norms = {p: m for p, m in model.named_modules() if isinstance(m, BindableNorm)}
     given = _match(in_channels, norms, "in_channels")
     groups = _match(layer_num_groups, norms, "layer_num_groups")
     producers = {p.norm_path: p for p in find_producers(model) if p.norm_path in norms}
@@ -147,17 +148,6 @@ def _channels(layer: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def norm_channels(module: nn.Module) -> int | None:
-    """Return the channels of a normalization layer, None for any other module."""
-    name = type(module).__name__
-    if not (name.endswith("Norm") or "BatchNorm" in name or "GroupNorm" in name):
-        return None
-    for attribute in ("num_features", "num_channels"):
-        if isinstance(getattr(module, attribute, None), int):
-            return getattr(module, attribute)
-    return None
-
-
 def _claims(model: nn.Module) -> Iterator[Producer]:
     for parent_path, parent in model.named_modules():
         prefix = f"{parent_path}." if parent_path else ""
@@ -170,16 +160,14 @@ def _claims(model: nn.Module) -> Iterator[Producer]:
                 yield Producer(prefix + name, child, *last)
 
 
-def _bind(norm: PracticalGroupNorm, path: str, in_channels: int, num_groups: int) -> None:
+def _bind(norm: BindableNorm, path: str, in_channels: int, num_groups: int) -> None:
     try:
         norm.bind(in_channels, num_groups)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _describe(
-    norm: PracticalGroupNorm, path: str, producer: str, gain_ratio: float
-) -> GroupNormBinding:
+def _describe(norm: BindableNorm, path: str, producer: str, gain_ratio: float) -> GroupNormBinding:
     channels = (norm.in_channels, norm.num_channels)
     return GroupNormBinding(
         norm=path,

@@ -8,10 +8,10 @@ from tabulate import tabulate
 from torch import nn
 
 from gn_practical.activation_gain import gain_ratio
-from gn_practical.layers import PracticalGroupNorm
+from gn_practical.config import check_pgn_config
 from gn_practical.layers.backends import backend
 from gn_practical.layers.recomputation import recompute_outputs
-from gn_practical.modeling.binding import ALL_CHANNELS, GroupNormBinding, bind_group_norms
+from gn_practical.modeling.binding import GroupNormBinding, bind_group_norms
 from gn_practical.modeling.conversion import convert_to_ws
 from gn_practical.modeling.fusion import fuse_norms
 
@@ -25,7 +25,8 @@ def build_model(cfg: CfgNode) -> nn.Module:
         cfg: a Detectron2 config with the keys of :func:`gn_practical.add_pgn_config`.
 
     Raises:
-        ValueError: as :func:`bind_group_norms` and :func:`convert_to_ws`.
+        ValueError: if the config lacks these keys, or as :func:`bind_group_norms` and
+            :func:`convert_to_ws`.
 
     Example:
         >>> from detectron2 import model_zoo
@@ -36,6 +37,7 @@ def build_model(cfg: CfgNode) -> nn.Module:
         >>> cfg.MODEL.RESNETS.NORM = cfg.MODEL.FPN.NORM = "PGN"
         >>> model = build_model(cfg)
     """
+    check_pgn_config(cfg)
     model = modeling.build_model(cfg)
     table = bind_model(model, cfg)
     logger = logging.getLogger(__name__)
@@ -44,10 +46,10 @@ def build_model(cfg: CfgNode) -> nn.Module:
     if cfg.MODEL.WS.ENABLED:
         paths = convert_to_ws(model, cfg.MODEL.WS.EXCLUDE)
         logger.info("%d convolutions have standardized weights.", len(paths))
-    if table and cfg.MODEL.PGN.FUSED:
-        paths = fuse_norms(model)
+    paths = fuse_norms(model, required_only=not cfg.MODEL.PGN.FUSED)
+    if paths:
         what = backend(cfg.MODEL.DEVICE)
-        logger.info("%d PGN layers take their ReLU along. They run %s.", len(paths), what)
+        logger.info("%d norms take their ReLU along. PGN layers run %s.", len(paths), what)
     if cfg.MODEL.PGN.RECOMPUTE:
         _check_memory_mode(len(table), cfg.MODEL.PGN.FUSED)
         recompute_outputs(model)
@@ -73,30 +75,16 @@ def bind_model(model: nn.Module, cfg: CfgNode) -> list[GroupNormBinding]:
     """
     pgn = cfg.MODEL.PGN
     for module in model.modules():
-        if isinstance(module, PracticalGroupNorm):
+        if hasattr(module, "allow_degenerate"):
             module.allow_degenerate = pgn.ALLOW_DEGENERATE
     return bind_group_norms(
         model,
-        _num_groups(cfg),
+        pgn.NUM_GROUPS,
         rule=pgn.RULE,
         gain_ratio=gain_ratio(pgn.ACTIVATION),
         layer_num_groups=pgn.LAYER_NUM_GROUPS,
         in_channels=pgn.IN_CHANNELS,
     )
-
-
-def _num_groups(cfg: CfgNode) -> int:
-    """The number of groups of all norms; a classifier's norm may be named after it."""
-    norm, num_groups = cfg.MODEL.get("CLASSIFIER", {}).get("NORM"), cfg.MODEL.PGN.NUM_GROUPS
-    if norm == "GN":
-        return num_groups or 32  # as Detectron2's
-    named = {"LN": 1, "IN": ALL_CHANNELS}.get(norm)
-    if named and num_groups not in (0, named):
-        raise ValueError(
-            f"MODEL.PGN.NUM_GROUPS must be 0 or {named} for MODEL.CLASSIFIER.NORM={norm}, got "
-            f"MODEL.PGN.NUM_GROUPS={num_groups}. Take MODEL.CLASSIFIER.NORM GN for any number."
-        )
-    return named or num_groups
 
 
 def format_bindings(table: list[GroupNormBinding]) -> str:

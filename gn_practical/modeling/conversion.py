@@ -58,15 +58,17 @@ def _check_patterns(exclude: Sequence[str], paths: list[str]) -> None:
 
 
 def _raise_inconvertible(producers: list[Producer]) -> None:
-    known = (nn.Conv2d, layers.Conv2d)
-    others = [
-        p.path
-        for p in producers
-        if type(p.layer) not in known and not isinstance(p.layer, WSConv2d)
-    ]
-    single = [p.path for p in producers if p.layer.weight[0].numel() < 2]
-    if others or single:
+    others = [f"{p.path} ({_reason(p.layer)})" for p in producers if _reason(p.layer)]
+    if others:
         raise ValueError(
             "weight standardization must meet plain convolutions with filters of at least two "
-            f"numbers, got {', '.join(others + single)}. List them in MODEL.WS.EXCLUDE."
+            f"numbers, got {', '.join(others)}. List them in MODEL.WS.EXCLUDE, or in "
+            "convert_to_ws(model, exclude=...)."
         )
+
+
+def _reason(layer: nn.Module) -> str:
+    """Why a layer cannot be standardized: its type, or its filters; empty where it can."""
+    if type(layer) not in (nn.Conv2d, layers.Conv2d) and not isinstance(layer, WSConv2d):
+        return f"a {type(layer).__name__}"
+    return "" if layer.weight[0].numel() > 1 else "filters of a single number"

@@ -3,12 +3,15 @@
 Detectron2 and torchvision apply the ReLU after a norm in three places: ``Conv2d.activation``, the
 ResNet blocks with their residual sum, and ``nn.Sequential``. Where one of these has the structure
 known here, its class becomes a subclass whose forward calls ``norm(x, residual, relu=True)``.
-Modules, parameters and state-dict keys stay what they are, and anything else is left untouched.
+Modules, parameters and state-dict keys stay what they are, and anything else is left untouched. A
+flag on the norm would do with fewer classes, but not for a norm or a ReLU that is used twice.
 
-While a hook watches a part, the original forward runs, so hooks see what they always did.
+While a hook watches a part, the parts run one by one, so hooks see what they always did.
 """
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 import torch.nn.functional as F
 from detectron2.layers import Conv2d
@@ -16,144 +19,169 @@ from detectron2.modeling.backbone import resnet as d2
 from torch import Tensor, nn
 from torchvision.models import resnet as tv
 
-from gn_practical.layers import PracticalGroupNorm, WSConv2d
+from gn_practical.layers import WSConv2d
+from gn_practical.layers.protocol import OwnActivation, is_fusable
+from gn_practical.layers.torch_internals import convolve, has_hooks
 
-CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv2d, Conv2d, WSConv2d)
+Activation = Callable[[Tensor], Tensor]
 
 
-def fuse_norms(model: nn.Module) -> list[str]:
-    """Let each :class:`PracticalGroupNorm` of ``model`` run with the sum and ReLU that follow it.
+def fuse_norms(model: nn.Module, required_only: bool = False) -> list[str]:
+    """Let the norms of ``model`` run with the sum and ReLU that follow them.
 
     Call it last, after :func:`bind_group_norms` and :func:`convert_to_ws`. A second call changes
-    nothing. Values and gradients are those of the original modules, up to rounding.
+    nothing. Values and gradients are those of the original modules, up to rounding; but a norm
+    with an activation of its own ("FRN") has it in place of the ReLU from here on.
 
     Args:
         model: any module; convolutions with ``activation``, the ResNet blocks of Detectron2 and
             torchvision, and ``nn.Sequential`` are known.
+        required_only: fuse norms with an activation of their own, and leave the others.
 
     Returns:
         Paths of the norms that take their activation along, in the order of the model.
 
     Example:
         >>> from torchvision.models import resnet18
+        >>> from gn_practical import PracticalGroupNorm
         >>> model = resnet18(norm_layer=PracticalGroupNorm)
         >>> len(fuse_norms(model))
         16
     """
+    chosen: set[int] = set()
     for module in model.modules():
         fused = _FUSED.get(type(module))
-        if fused is not None and fused.fits(module):
-            module.__class__ = fused
-    paths = {id(module): path for path, module in model.named_modules()}
-    fused = [m for m in model.modules() if isinstance(m, tuple(_FUSED.values()))]
-    chosen = {paths[id(norm)] for module in fused for norm in module.fused_norms()}
-    return [path for path in paths.values() if path in chosen]
+        norms = fused.norms(module) if fused is not None else []
+        own = [norm for norm in norms if isinstance(norm, OwnActivation)]
+        if not norms or (required_only and not own):
+            continue
+        module.__class__ = fused
+        chosen.update(map(id, norms))
+        for norm in own:
+            norm.take_relu()
+    paths = {path: id(module) in chosen for path, module in model.named_modules()}
+    _warn_of_plain_relu(model)
+    return [path for path, is_fused in paths.items() if is_fused]
+
+
+def _warn_of_plain_relu(model: nn.Module) -> None:
+    """Name the parts of a structure not known here that apply ReLU after, say, FRN."""
+    plain = [
+        path
+        for path, module in model.named_modules()
+        if type(module) not in _FUSED.values()
+        and (isinstance(module, d2.CNNBlockBase) or any(map(_is_relu, module.children())))
+        and any(isinstance(m, OwnActivation) for c in module.children() for m in (c, *c.children()))
+    ]
+    if plain:
+        logging.getLogger(__name__).warning(
+            "Norms with an activation of their own are followed by a plain ReLU in structures that "
+            "are not known: %s.",
+            ", ".join(path or type(model).__name__ for path in plain),
+        )
 
 
 def _is_relu(activation: object) -> bool:
     return activation in (F.relu, F.relu_) or type(activation) is nn.ReLU
 
 
-def _is_plain(conv: nn.Module) -> bool:
-    """Whether a convolution of Detectron2 ends with a PGN norm."""
-    norm = getattr(conv, "norm", None)
-    plain = type(conv) in (Conv2d, WSConv2d) and conv.activation is None
-    return plain and type(norm) is PracticalGroupNorm
+def _norm_relu(
+    norm: nn.Module, x: Tensor, residual: Tensor | None = None, relu: Activation = F.relu_
+) -> Tensor:
+    if has_hooks(norm) or (isinstance(relu, nn.Module) and has_hooks(relu)):
+        return _add_relu(norm, norm(x), residual, relu)
+    return norm(x, residual, relu=True)
 
 
-def _watched(*modules: nn.Module | Callable[[Tensor], Tensor] | None) -> bool:
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in modules
-        if isinstance(m, nn.Module)
-    )
+def _add_relu(norm: nn.Module, y: Tensor, residual: Tensor | None, relu: Activation) -> Tensor:
+    if residual is not None:
+        y += residual  # in place, as in the blocks
+    return norm.activate(y) if isinstance(norm, OwnActivation) else relu(y)
 
 
-def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    weight = conv._standardized_weight() if isinstance(conv, WSConv2d) else conv.weight
-    return conv._conv_forward(x, weight, conv.bias)
+def _convolve(conv: Conv2d, x: Tensor) -> Tensor:
+    if isinstance(conv, WSConv2d):
+        return conv.convolve(x)
+    return convolve(conv, x, conv.weight)
 
 
-def _conv_norm_relu(conv: nn.Conv2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    return conv.norm(_convolve(conv, x), residual, relu=True)
+def _conv_norm_relu(conv: Conv2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Run a convolution of Detectron2 that has a norm and no activation, and what follows it."""
+    if has_hooks(conv):
+        return _add_relu(conv.norm, conv(x), residual, F.relu_)
+    return _norm_relu(conv.norm, _convolve(conv, x), residual)
+
+
+def _plain_norms(*convs: nn.Module) -> list[nn.Module]:
+    """List the norms of convolutions of Detectron2, or nothing where one is not as built."""
+    known = all(type(c) in (Conv2d, WSConv2d) and c.activation is None for c in convs)
+    return _all_fusable(c.norm for c in convs) if known else []
+
+
+def _all_fusable(norms: Iterable[nn.Module | None]) -> list[nn.Module]:
+    norms = list(norms)
+    return norms if all(map(is_fusable, norms)) else []
 
 
 class _FusedActivation:
-    """A convolution of Detectron2 with a PGN norm and ReLU."""
+    """A convolution of Detectron2 with a norm and ReLU."""
 
     @staticmethod
-    def fits(conv: Conv2d) -> bool:
-        return type(conv.norm) is PracticalGroupNorm and _is_relu(conv.activation)
-
-    def fused_norms(self) -> list[nn.Module]:
-        return [self.norm]
+    def norms(conv: Conv2d) -> list[nn.Module]:
+        return _all_fusable([conv.norm]) if _is_relu(conv.activation) else []
 
     def forward(self, x: Tensor) -> Tensor:
-        if _watched(self.norm, self.activation):
-            return super().forward(x)
-        return _conv_norm_relu(self, x)
+        return _norm_relu(self.norm, _convolve(self, x), relu=self.activation)
 
 
 class FusedConv2d(_FusedActivation, Conv2d):
-    """A ``detectron2.layers.Conv2d`` whose PGN norm applies the ReLU."""
+    """A ``detectron2.layers.Conv2d`` whose norm applies the ReLU."""
 
 
 class FusedWSConv2d(_FusedActivation, WSConv2d):
-    """A :class:`WSConv2d` whose PGN norm applies the ReLU."""
+    """A :class:`WSConv2d` whose norm applies the ReLU."""
 
 
 class FusedStem(d2.BasicStem):
-    """Detectron2's ResNet stem with a PGN norm."""
+    """Detectron2's ResNet stem."""
 
     @staticmethod
-    def fits(stem: d2.BasicStem) -> bool:
-        """Whether the stem is as built, with a PGN norm."""
-        return _is_plain(stem.conv1)
-
-    def fused_norms(self) -> list[nn.Module]:
-        """List the norms that apply the ReLU."""
-        return [self.conv1.norm]
+    def norms(stem: d2.BasicStem) -> list[nn.Module]:
+        """List the norms that apply the ReLU, none if the stem is not as built."""
+        return _plain_norms(stem.conv1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run convolution, norm with ReLU, and pooling."""
-        if _watched(self.conv1, self.conv1.norm):
-            return super().forward(x)
         return F.max_pool2d(_conv_norm_relu(self.conv1, x), kernel_size=3, stride=2, padding=1)
 
 
 class _FusedBlock:
     """A residual block of Detectron2, whose convolutions are ``conv1`` to ``convN``."""
 
-    NAMES: tuple[str, ...]
+    DEPTH: int
 
     @classmethod
-    def fits(cls, block: nn.Module) -> bool:
-        return all(_is_plain(getattr(block, name)) for name in cls.NAMES)
-
-    def fused_norms(self) -> list[nn.Module]:
-        return [getattr(self, name).norm for name in self.NAMES]
+    def norms(cls, block: nn.Module) -> list[nn.Module]:
+        return _plain_norms(*(getattr(block, f"conv{i}") for i in range(1, cls.DEPTH + 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        convs = [getattr(self, name) for name in self.NAMES]
-        if any(_watched(conv, conv.norm) for conv in convs):
-            return super().forward(x)
         out = x
-        for conv in convs[:-1]:
-            out = _conv_norm_relu(conv, out)
+        for i in range(1, self.DEPTH):
+            out = _conv_norm_relu(getattr(self, f"conv{i}"), out)
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        return _conv_norm_relu(convs[-1], out, shortcut)
+        return _conv_norm_relu(getattr(self, f"conv{self.DEPTH}"), out, shortcut)
 
 
 class FusedBasicBlock(_FusedBlock, d2.BasicBlock):
-    """Detectron2's block of ResNet-18 and -34 with PGN norms."""
+    """Detectron2's block of ResNet-18 and -34."""
 
-    NAMES = ("conv1", "conv2")
+    DEPTH = 2
 
 
 class FusedBottleneckBlock(_FusedBlock, d2.BottleneckBlock):
-    """Detectron2's block of ResNet-50, 101 and 152 with PGN norms."""
+    """Detectron2's block of ResNet-50, 101 and 152."""
 
-    NAMES = ("conv1", "conv2", "conv3")
+    DEPTH = 3
 
 
 class _FusedTorchvisionBlock:
@@ -162,68 +190,54 @@ class _FusedTorchvisionBlock:
     DEPTH: int
 
     @classmethod
-    def fits(cls, block: nn.Module) -> bool:
-        norms = [getattr(block, f"bn{i}") for i in range(1, cls.DEPTH + 1)]
-        convs = [getattr(block, f"conv{i}") for i in range(1, cls.DEPTH + 1)]
-        norms_fit = all(type(norm) is PracticalGroupNorm for norm in norms)
-        return norms_fit and _is_relu(block.relu) and all(type(c) in CONVOLUTIONS for c in convs)
-
-    def fused_norms(self) -> list[nn.Module]:
-        return [getattr(self, f"bn{i}") for i in range(1, self.DEPTH + 1)]
+    def norms(cls, block: nn.Module) -> list[nn.Module]:
+        norms = _all_fusable(getattr(block, f"bn{i}") for i in range(1, cls.DEPTH + 1))
+        return norms if _is_relu(block.relu) else []
 
     def forward(self, x: Tensor) -> Tensor:
-        norms = self.fused_norms()
-        if _watched(self.relu, *norms):
-            return super().forward(x)
         out = x
-        for i, norm in enumerate(norms[:-1], 1):
-            out = norm(getattr(self, f"conv{i}")(out), relu=True)
+        for i in range(1, self.DEPTH):
+            out = getattr(self, f"conv{i}")(out)
+            out = _norm_relu(getattr(self, f"bn{i}"), out, relu=self.relu)
         out = getattr(self, f"conv{self.DEPTH}")(out)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return norms[-1](out, shortcut, relu=True)
+        return _norm_relu(getattr(self, f"bn{self.DEPTH}"), out, shortcut, self.relu)
 
 
 class FusedTorchvisionBasicBlock(_FusedTorchvisionBlock, tv.BasicBlock):
-    """torchvision's block of ResNet-18 and -34 with PGN norms."""
+    """torchvision's block of ResNet-18 and -34."""
 
     DEPTH = 2
 
 
 class FusedTorchvisionBottleneck(_FusedTorchvisionBlock, tv.Bottleneck):
-    """torchvision's block of ResNet-50, 101 and 152 with PGN norms."""
+    """torchvision's block of ResNet-50, 101 and 152."""
 
     DEPTH = 3
 
 
 class FusedSequential(nn.Sequential):
-    """An ``nn.Sequential`` in which PGN norms apply the ReLU that follows them."""
+    """An ``nn.Sequential`` in which norms apply the ReLU that follows them."""
 
     @staticmethod
-    def fits(layers: nn.Sequential) -> bool:
-        """Whether there is such a pair."""
-        return any(_pairs(layers))
-
-    def fused_norms(self) -> list[nn.Module]:
-        """List the norms that apply the ReLU."""
-        return [norm for norm, is_pair in zip(self, _pairs(self), strict=True) if is_pair]
+    def norms(layers: nn.Sequential) -> list[nn.Module]:
+        """List the norms that a ReLU follows."""
+        return [norm for norm, after in pairwise(layers) if _is_pair(norm, after)]
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the layers, each pair as one."""
-        skip = False
-        for i, (layer, is_pair) in enumerate(zip(self, _pairs(self), strict=True)):
-            if skip:
-                skip = False
-                continue
-            skip = is_pair and not _watched(layer, self[i + 1])
-            x = layer(x, relu=True) if skip else layer(x)
+        layers = list(self)
+        while layers:
+            layer = layers.pop(0)
+            if layers and _is_pair(layer, layers[0]):
+                x = _norm_relu(layer, x, relu=layers.pop(0))
+            else:
+                x = layer(x)
         return x
 
 
-def _pairs(layers: nn.Sequential) -> Iterator[bool]:
-    """For each layer, whether it is a PGN norm with a ReLU behind it."""
-    following = [*list(layers)[1:], None]
-    for layer, after in zip(layers, following, strict=True):
-        yield type(layer) is PracticalGroupNorm and type(after) is nn.ReLU
+def _is_pair(layer: nn.Module, after: nn.Module) -> bool:
+    return type(after) is nn.ReLU and is_fusable(layer)
 
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
@@ -236,3 +250,4 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     tv.Bottleneck: FusedTorchvisionBottleneck,
     nn.Sequential: FusedSequential,
 }
+_FUSED |= {fused: fused for fused in _FUSED.values()}  # for a second call

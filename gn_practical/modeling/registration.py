@@ -1,41 +1,74 @@
-"""The norm type "PGN" in Detectron2's ``get_norm``. The project's only monkeypatch.
+"""Norm types for Detectron2's ``get_norm``. The project's only monkeypatch.
 
 ``detectron2.layers.get_norm`` looks its argument up in a dict that is closed to extensions, and a
-dozen modules of Detectron2 import the function by name. So both the definition and every name
-that holds it are replaced; modules imported later take the replacement from
-``detectron2.layers``.
+dozen modules of Detectron2 import the function by name. So every module that holds it, under
+whatever name, gets a function in its place that knows the registered names and asks the one that
+was there for all others. That one may be another extension's: each is wrapped by itself.
 """
 
+import functools
 import sys
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Callable
+from difflib import get_close_matches
+from types import FunctionType, ModuleType
 from typing import Any
 
+from detectron2 import layers
 from detectron2.layers import batch_norm
 from torch import nn
 
 from gn_practical.layers import PracticalGroupNorm
+from gn_practical.layers.baselines import BASELINES
 
-_ORIGINAL = batch_norm.get_norm
-_KNOWN = ("BN", "SyncBN", "FrozenBN", "GN", "PGN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+NormFactory = Callable[[int], nn.Module]
+
+# For messages; what Detectron2 takes is up to Detectron2.
+_DETECTRON2 = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+_factories: dict[str, NormFactory] = {"PGN": PracticalGroupNorm, **BASELINES}
+_replaced: dict[Callable[..., Any], Callable[..., Any]] = {}  # by the function in its place
 
 
-def _get_norm(norm: str | Callable[[int], nn.Module] | None, out_channels: int) -> nn.Module | None:
-    if norm == "PGN":
-        return PracticalGroupNorm(out_channels)
-    if isinstance(norm, str) and norm and norm not in _KNOWN:
+class UnknownNormError(KeyError, ValueError):
+    """A name of a norm that nobody knows; a KeyError, as Detectron2's own."""
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+def register_norm(name: str, factory: NormFactory) -> None:
+    """Make ``name`` a norm type of Detectron2: ``get_norm(name, C)`` gives ``factory(C)``.
+
+    The norm is bound, standardized before and fused as ours are, as far as it has what
+    :mod:`gn_practical.layers.protocol` says; nothing else is needed.
+
+    Args:
+        name: as a config's ``NORM`` keys will say it.
+        factory: makes the norm of a number of channels.
+
+    Raises:
+        ValueError: if the name is empty or another norm has it.
+
+    Example:
+        >>> from detectron2.layers import get_norm
+        >>> register_norm("GN8", lambda channels: nn.GroupNorm(8, channels))
+        >>> get_norm("GN8", 64)
+        GroupNorm(8, 64, eps=1e-05, affine=True)
+    """
+    if not name or name in _DETECTRON2 or _factories.get(name, factory) is not factory:
         raise ValueError(
-            f"NORM must be one of {', '.join(_KNOWN)} or empty, got NORM={norm!r}. "
-            "Correct the NORM keys of the config."
+            f"name must be one that no other norm has, got name={name!r}. Known are "
+            f"{', '.join(_known_names())}. Choose another name."
         )
-    return _ORIGINAL(norm, out_channels)
+    _factories[name] = factory
+    register_pgn()
 
 
 def register_pgn() -> None:
-    """Make "PGN" a norm type of Detectron2; ``import gn_practical`` does it.
+    """Make "PGN" and all registered norms known to Detectron2; ``import gn_practical`` does it.
 
-    Idempotent. ``get_norm("PGN", C)`` gives an unbound :class:`PracticalGroupNorm`, and an unknown
-    name an error that lists the known ones.
+    Idempotent. ``get_norm("PGN", C)`` gives an unbound :class:`PracticalGroupNorm`, and a name
+    that nobody knows an error that lists the known ones. Call it again where something else has
+    replaced ``get_norm`` since and does not ask who was there before.
 
     Example:
         >>> register_pgn()
@@ -43,20 +76,67 @@ def register_pgn() -> None:
         >>> get_norm("PGN", 64)
         PracticalGroupNorm(? -> 64, num_groups=unbound, eps=1e-05, affine=True)
     """
-    _replace(_ORIGINAL, _get_norm)
+    inner = {previous: ours for ours, previous in _replaced.items()}
+    for module, name, function in _holders():
+        if function not in _replaced:
+            if function not in inner:
+                inner[function] = _wrap(function)
+                _replaced[inner[function]] = function
+            setattr(module, name, inner[function])
 
 
 def unregister_pgn() -> None:
-    """Undo :func:`register_pgn`."""
-    _replace(_get_norm, _ORIGINAL)
+    """Undo :func:`register_pgn`: ``get_norm`` is what it was, in all modules."""
+    for module, name, function in _holders():
+        if function in _replaced:
+            setattr(module, name, _replaced[function])
 
 
-def _replace(old: Callable[..., Any], new: Callable[..., Any]) -> None:
-    for module in _holders(old):
-        module.get_norm = new
+def _wrap(previous: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(previous)
+    def get_norm(norm: str | NormFactory | None, out_channels: int) -> nn.Module | None:
+        if isinstance(norm, str) and norm in _factories:
+            return _factories[norm](out_channels)
+        try:
+            return previous(norm, out_channels)
+        except KeyError as error:
+            if error.args != (norm,):
+                raise
+        raise UnknownNormError(_explain(norm))
+
+    return get_norm
 
 
-def _holders(function: Callable[..., Any]) -> Iterator[ModuleType]:
-    for module in list(sys.modules.values()):
-        if isinstance(module, ModuleType) and vars(module).get("get_norm") is function:
-            yield module
+def _explain(norm: str) -> str:
+    known = _known_names()
+    close = get_close_matches(norm, known, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    return (
+        f"NORM must be one of {', '.join(known)} or empty, got NORM={norm!r}.{hint} Correct the "
+        "NORM keys of the config, or add the norm with gn_practical.register_norm."
+    )
+
+
+def _known_names() -> list[str]:
+    return [*_factories, *_DETECTRON2]
+
+
+def _holders() -> list[tuple[ModuleType, str, Callable[..., Any]]]:
+    """List the globals of all modules that hold ``get_norm``: Detectron2's, its successor, ours."""
+    present = {id(f) for f in (batch_norm.get_norm, layers.get_norm, *_replaced)}
+    return [
+        (module, name, value)
+        for module in list(sys.modules.values())
+        if isinstance(module, ModuleType)
+        for name, value in list(vars(module).items())
+        if id(value) in present or _is_detectron2s(value)
+    ]
+
+
+def _is_detectron2s(value: object) -> bool:
+    """Whether it is the original, which others may have replaced in some modules only."""
+    return (
+        type(value) is FunctionType  # isinstance would ask the value, which may warn
+        and value.__qualname__ == "get_norm"
+        and value.__module__ == batch_norm.__name__
+    )

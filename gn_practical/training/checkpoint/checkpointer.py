@@ -13,7 +13,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from gn_practical.layers import PracticalGroupNorm
+from gn_practical.layers.protocol import BindableNorm
 from gn_practical.training.checkpoint import files
 from gn_practical.training.checkpoint.finite_weights import require_finite_weights
 from gn_practical.training.checkpoint.safe_loading import load_pickle, load_torch
@@ -243,7 +243,7 @@ class GroupsCheckpointer(DetectionCheckpointer):
         return {
             path: module.num_groups
             for path, module in self.model.named_modules()
-            if isinstance(module, PracticalGroupNorm)
+            if isinstance(module, BindableNorm)
         }
 
     def _load_file(self, filename: str) -> dict[str, Any]:
@@ -329,7 +329,7 @@ class GroupsCheckpointer(DetectionCheckpointer):
         frozen = [
             path
             for path, module in self.model.named_modules()
-            if isinstance(module, PracticalGroupNorm)
+            if isinstance(module, BindableNorm)
             and module.affine
             and not module.weight.requires_grad
         ]

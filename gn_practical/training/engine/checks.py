@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from gn_practical.config import add_pgn_config
-from gn_practical.layers import PracticalGroupNorm
+from gn_practical.layers.protocol import BindableNorm
 from gn_practical.training.checkpoint.files import LAST, newest_whole
 from gn_practical.training.config.values import check_values
 from gn_practical.training.data import check_datasets
@@ -78,7 +78,7 @@ def _name_idle_keys(cfg: CfgNode, model: nn.Module) -> None:
     defaults = get_cfg()
     add_pgn_config(defaults)
     changed = [key for key, value in defaults.MODEL.PGN.items() if cfg.MODEL.PGN[key] != value]
-    if not any(isinstance(module, PracticalGroupNorm) for module in model.modules()):
+    if not any(isinstance(module, BindableNorm) for module in model.modules()):
         idle, reason = changed, "the model has no PGN norm: set the NORM keys to PGN"
     else:
         by_rule = ("RULE", "ACTIVATION")

@@ -26,7 +26,7 @@ from detectron2.utils.events import get_event_storage
 from tabulate import tabulate
 
 from gn_practical.training.data import ensure_scenes
-from gn_practical.training.engine import Trainer, argument_parser, setup
+from gn_practical.training.engine import Trainer, load_cfg
 
 matplotlib.use("Agg")
 
@@ -82,12 +82,12 @@ def train(
     output_dir: str, iterations: int, evaluations: int, workers: int, overrides: Sequence[str] = ()
 ) -> list[Usage]:
     """Train, and return the usages; the last one is that after the run."""
-    arguments = ["--config-file", str(CONFIG), "OUTPUT_DIR", output_dir]
+    arguments = ["OUTPUT_DIR", output_dir]
     arguments += tiny_data(os.path.join(output_dir, "scenes"))
     arguments += ["SOLVER.MAX_ITER", str(iterations), "DATALOADER.NUM_WORKERS", str(workers)]
     arguments += ["SOLVER.CHECKPOINT_PERIOD", str(max(1, iterations // 30))]
     arguments += ["TEST.EVAL_PERIOD", str(max(1, iterations // evaluations)), *overrides]
-    trainer = Trainer(setup(argument_parser().parse_args(arguments)))
+    trainer = Trainer(load_cfg(str(CONFIG), arguments))
     watch = Watch(max(1, iterations // 100))
     trainer.register_hooks([watch])
     trainer.train()

@@ -18,7 +18,7 @@ from gn_practical.analysis.audit_report import format_audit, save_audit
 from gn_practical.analysis.blocks import choose_groups, find_unit_blocks
 from gn_practical.analysis.recorder import BlockRecorder, _inside
 from gn_practical.training.engine import load_cfg
-from gn_practical.training.engine.isometry_hook import IsometryHook
+from gn_practical.training.engine.hooks import IsometryHook
 
 ROOT = Path(__file__).parent.parent
 

@@ -213,7 +213,7 @@ def main(rank, folder, fault):
     first, second = comm.all_gather(weights)
     assert torch.equal(first, second) and weights.isfinite().all()
     assert trainer.bad_steps.skipped == 1
-    trainer._data_loader_iter_obj = batches({0: fault} if rank == 1 else {})
+    trainer.reset_data_loader(lambda: batches({0: fault} if rank == 1 else {}))
     try:
         train(trainer, 1)
     except FloatingPointError as error:

@@ -24,7 +24,6 @@ from torch import nn
 
 from gn_practical.training.checkpoint import GroupsCheckpointer, files
 from gn_practical.training.checkpoint import checkpointer as checkpointer_module
-from gn_practical.training.checkpoint.best import BestCheckpoint
 from gn_practical.training.checkpoint.files import (
     check_whole,
     newest_whole,
@@ -33,6 +32,7 @@ from gn_practical.training.checkpoint.files import (
     write_last,
 )
 from gn_practical.training.checkpoint.snapshot import Snapshot
+from gn_practical.training.engine.hooks import BestCheckpoint
 
 
 def state_of(iteration, size=50):

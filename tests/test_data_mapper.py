@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from gn_practical import add_pgn_config
 from gn_practical.training import add_training_config
 from gn_practical.training.data import CheckedDatasetMapper, DatasetError, SkippedSamples
-from gn_practical.training.engine.bad_steps import CountSkippedSamples
+from gn_practical.training.engine.hooks import CountSkippedSamples
 
 
 @pytest.fixture

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tool_train_net import run
 from torch import nn
 
 from gn_practical.layers import PracticalGroupNorm
 from gn_practical.training.checkpoint import GroupsCheckpointer
-from gn_practical.training.engine import Trainer, argument_parser, load_cfg, main
-from gn_practical.training.engine.checks import check_model, check_run
+from gn_practical.training.engine import Trainer, check_run, load_cfg
+from gn_practical.training.engine.checks import check_model
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs/quickstart/pfpn.yaml")
@@ -26,10 +27,6 @@ TINY = [
     *("MODEL.SEM_SEG_HEAD.CONVS_DIM", "16", "SOLVER.IMS_PER_BATCH", "2"),
     *("SOLVER.BASE_LR", "0.01", "DATALOADER.NUM_WORKERS", "0"),
 ]
-
-
-def run(*arguments):
-    return main(argument_parser().parse_args([str(a) for a in arguments]))
 
 
 def tiny(output_dir, *overrides, flags=()):
@@ -201,7 +198,7 @@ def test_truncated_image_ends_with_one_clear_error(trained, tmp_path, capsys):
         run("--config-file", config, *overrides)
     printed = capsys.readouterr()
     assert "Traceback" not in printed.out + printed.err
-    assert "Traceback" in (tmp_path / "out" / "error.log").read_text()
+    assert "Traceback" in (tmp_path / "out" / "log.txt").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -219,23 +216,22 @@ def test_config_that_is_not_there_or_not_yaml(tmp_path):
 
 
 def test_changed_batch_without_learning_rate_is_warned_of(tmp_path, caplog):
-    from gn_practical.training.engine.setup import _warn_learning_rate
-
     with caplog.at_level(logging.WARNING):
-        cfg = load_cfg(QUICKSTART, ["SOLVER.IMS_PER_BATCH", "16"])
-        _warn_learning_rate(QUICKSTART, cfg, False, lambda cfg: None)
+        check_run(load_cfg(QUICKSTART, ["SOLVER.IMS_PER_BATCH", "16"]))
     assert "in place of the recipe's 4" in caplog.text
     assert "asks for SOLVER.BASE_LR 0.16" in caplog.text
 
 
 RANKS = """
 import sys, torch
-from gn_practical.training.engine import Trainer, argument_parser, check_run, launch, setup
+from gn_practical.training.engine import Trainer, argument_parser, default_setup, launch, load_cfg
+from gn_practical.training.data import check_datasets
 from detectron2.utils import comm
 
 def train(args):
-    cfg = setup(args)
-    check_run(cfg)
+    cfg = load_cfg(args.config_file, args.opts)
+    default_setup(cfg, args)
+    check_datasets(cfg)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
     Trainer.test = classmethod(lambda *_: {})

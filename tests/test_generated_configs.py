@@ -15,11 +15,11 @@ import pytest
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from gn_practical.training.config.values import CHOICES, NOT_EMPTY, RULES, expand, look_up
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from gn_practical import add_pgn_config
-from gn_practical.training.config.values import CHOICES, NOT_EMPTY, RULES, expand, look_up
 from gn_practical.training.data import ensure_scenes
 from gn_practical.training.engine import argument_parser, load_cfg, main
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 
-from gn_practical.training.engine import Trainer, argument_parser, setup
+from gn_practical.training.engine import Trainer, load_cfg
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("leak", ROOT / "benchmarks/leak.py")
@@ -50,11 +50,11 @@ def test_evaluations_and_checkpoints_leave_nothing_behind(tmp_path, one_thread):
 
     TensorBoard's writer starts its thread at the 20th iteration, in the second round.
     """
-    arguments = ["--config-file", str(leak.CONFIG), "OUTPUT_DIR", str(tmp_path)]
+    arguments = ["OUTPUT_DIR", str(tmp_path)]
     arguments += leak.tiny_data(str(tmp_path / "scenes"))
     arguments += ["MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", "45", "TEST.EVAL_PERIOD", "11"]
     arguments += ["SOLVER.CHECKPOINT_PERIOD", "11", "DATALOADER.NUM_WORKERS", "0"]
-    trainer = Trainer(setup(argument_parser().parse_args(arguments)))
+    trainer = Trainer(load_cfg(str(leak.CONFIG), arguments))
     watch, counts = leak.Watch(11), CountObjects(11)
     trainer.register_hooks([watch, counts])
     trainer.train()
@@ -84,11 +84,12 @@ def test_the_long_form_finds_what_grows(capsys):
 EXITS = """
 import os, sys
 import torch
-from detectron2.engine import defaults
-from gn_practical.training.engine import argument_parser, main
+sys.path.insert(0, "tests")
+from tool_train_net import run
+from gn_practical.training.engine import setup
 
 torch.set_num_threads(1)
-defaults.collect_env_info = lambda: ""
+setup.collect_env_info = lambda: ""
 arguments, folders = sys.argv[1:-3], sys.argv[-3:]
 for folder in folders:  # one import for three runs
     if os.fork() == 0:
@@ -97,7 +98,7 @@ for folder in folders:  # one import for three runs
         os.dup2(log, 1), os.dup2(log, 2)
         with open(folder + "/pid", "w") as file:
             file.write(str(os.getpid()))
-        main(argument_parser().parse_args([*arguments, "OUTPUT_DIR", folder]))
+        run(*arguments, "OUTPUT_DIR", folder)
         sys.exit()
 for _ in folders:
     os.wait()

@@ -8,7 +8,8 @@ from detectron2.engine import TrainerBase
 from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils.events import CommonMetricPrinter, EventStorage, JSONWriter
 
-from gn_practical.training.engine.metrics import BoundHistories, SteadyWriter, forget_metrics
+from gn_practical.training.engine.events import SteadyWriter, forget_metrics
+from gn_practical.training.engine.hooks import BoundHistories
 
 
 def test_histories_are_bounded():

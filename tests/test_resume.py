@@ -40,7 +40,7 @@ MODEL = shlex.split(
 
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
-    monkeypatch.setattr("gn_practical.training.engine.trainer.plot_metrics", lambda *paths: None)
+    monkeypatch.setattr("gn_practical.training.engine.hooks.plot_metrics", lambda *paths: None)
 
 
 @pytest.fixture

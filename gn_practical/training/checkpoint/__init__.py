@@ -1,6 +1,5 @@
 """Checkpoints: whole or not there, written in the background, read without running code."""
 
-from gn_practical.training.checkpoint.best import BestCheckpoint
 from gn_practical.training.checkpoint.checkpointer import GroupsCheckpointer
 
-__all__ = ["BestCheckpoint", "GroupsCheckpointer"]
+__all__ = ["GroupsCheckpointer"]

@@ -18,6 +18,7 @@ from gn_practical.training.checkpoint import files
 from gn_practical.training.checkpoint.finite_weights import require_finite_weights
 from gn_practical.training.checkpoint.safe_loading import load_pickle, load_torch
 from gn_practical.training.checkpoint.snapshot import Snapshot
+from gn_practical.training.ranks import raise_on_all_ranks
 
 # torchvision's names of a ResNet's parts, and Detectron2's.
 _TORCHVISION_NAMES = (
@@ -28,8 +29,7 @@ _TORCHVISION_NAMES = (
     (r"\.downsample\.1\.", ".shortcut.norm."),
     (r"\.(?:bn|gn)(\d)\.", r".conv\1.norm."),
 )
-
-
+FINAL = "model_final"
 BEST = "model_best"  # the one checkpoint that never becomes the one to resume from
 
 
@@ -74,6 +74,7 @@ class GroupsCheckpointer(DetectionCheckpointer):
         self._writing: Future[None] | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._unwritten: tuple[Any, str] = (None, "")
+        self._written = ""  # path of what was written last
         self._resumed_from = ""
 
     def copy_beside(self, optimizer: torch.optim.Optimizer) -> None:
@@ -111,6 +112,11 @@ class GroupsCheckpointer(DetectionCheckpointer):
             self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if self._writing:
             self._writing.exception()  # waits; it has been logged
+        periodic = f"model_{kwargs.get('iteration', -1):07d}"
+        if name == FINAL and self._written == files.checkpoint_path(self.save_dir, periodic):
+            self._unwritten = (self._unwritten[0], path)  # the same state
+            self._writing = self._writer.submit(self._write, self._written)
+            return
         state = {"model": self.model.state_dict(), "num_groups": self._num_groups(), **kwargs}
         state.update((key, each.state_dict()) for key, each in self.checkpointables.items())
         self._unwritten = (self._snapshot.take(state, self._changed_by_steps()), path)
@@ -191,16 +197,11 @@ class GroupsCheckpointer(DetectionCheckpointer):
             return {}
 
     def _agreed_checkpoint(self) -> str:
-        found = error = ""
-        if comm.is_main_process():
-            try:
+        found = ""
+        with raise_on_all_ranks(ValueError):
+            if comm.is_main_process():
                 found = self.get_checkpoint_file()
-            except ValueError as damaged:
-                error = str(damaged)
-        found, error = comm.all_gather((found, error))[0]
-        if error:
-            raise ValueError(error)
-        return found
+        return comm.all_gather(found)[0]
 
     def _changed_by_steps(self) -> list[Tensor]:
         if self._optimizer is None:
@@ -218,17 +219,21 @@ class GroupsCheckpointer(DetectionCheckpointer):
         if self._copying is not None:
             self._copying.result()
 
-    def _write(self) -> None:
+    def _write(self, equal: str = "") -> None:
         """Write the snapshot, make it the last, and remove the oldest; runs in the background."""
         start = time.perf_counter()
         state, path = self._unwritten
         name = os.path.basename(path)
         try:
             self._wait_for_copy()
-            files.write_checkpoint(state, path)
+            if equal:
+                files.copy_checkpoint(equal, path)
+            else:
+                files.write_checkpoint(state, path)
             if name != f"{BEST}.pth":
                 files.write_last(self.save_dir, name)
             files.remove_old(path, self._keep_last)
+            self._written = path
         except Exception as error:
             self.logger.error(
                 "%s could not be written: %s. Older checkpoints are as they were; the next save "

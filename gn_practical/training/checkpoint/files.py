@@ -10,16 +10,17 @@ The CRC-32 that a zip holds of each entry would not do: it leaves out headers an
 import hashlib
 import os
 import re
+import shutil
 import struct
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gn_practical.training.atomic import replace_file
 from gn_practical.training.checkpoint.safe_loading import load_torch
 
 LAST = "last_checkpoint"  # Detectron2's file with the name of the checkpoint to resume from
@@ -59,39 +60,6 @@ def checkpoint_path(folder: str, name: str) -> str:
     return os.path.join(folder, f"{name}.pth")
 
 
-@contextmanager
-def replacing(path: str) -> Iterator[str]:
-    """Name a new file to write, which replaces ``path`` whole at the end of the block, or never.
-
-    What is there before stays readable until then, and for good where the block raises. At the
-    end the new content is on the disk: file and folder are synced.
-
-    Args:
-        path: the file to write or replace.
-
-    Example:
-        >>> import tempfile
-        >>> path = os.path.join(tempfile.mkdtemp(), "a")
-        >>> with replacing(path) as temporary:
-        ...     _ = Path(temporary).write_text("whole")
-        >>> Path(path).read_text()
-        'whole'
-    """
-    temporary = f"{path}.tmp"
-    with suppress(FileNotFoundError):
-        os.remove(temporary)  # what a killed process left
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.remove(temporary)
-        raise
-    _sync_folder(os.path.dirname(path) or ".")
-
-
 def write_checkpoint(state: Any, path: str) -> None:
     """Write a state with its checksum, and replace ``path`` by it in one step.
 
@@ -100,10 +68,10 @@ def write_checkpoint(state: Any, path: str) -> None:
         path: the checkpoint.
 
     Raises:
-        OSError, RuntimeError: if the disk is full or gone; ``path`` is then as it was, and no rest
-            remains.
+        OSError, RuntimeError: if the disk is full or gone; ``path`` is then as it was, and nothing
+            half written is left.
     """
-    with replacing(path) as temporary:
+    with replace_file(path) as temporary:
         # By name, not as a Python file: its many small writes would each take the interpreter's
         # lock from the training. And of a file that is new: PyTorch keeps the lock while it closes
         # the file, and if it had to empty one first, ext4 begins to write all of it then.
@@ -115,6 +83,20 @@ def write_checkpoint(state: Any, path: str) -> None:
         _seal(temporary)
 
 
+def copy_checkpoint(source: str, path: str) -> None:
+    """Give a checkpoint a second name: as a link where the file system has them, else as a copy.
+
+    Args:
+        source: the checkpoint, whole.
+        path: its second name, replaced in one step.
+    """
+    with replace_file(path) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
 def write_last(folder: str, file_name: str) -> None:
     """Make a checkpoint of the folder the one to resume from.
 
@@ -122,7 +104,7 @@ def write_last(folder: str, file_name: str) -> None:
         folder: ``OUTPUT_DIR``.
         file_name: name of the checkpoint with its suffix.
     """
-    with replacing(os.path.join(folder, LAST)) as temporary:
+    with replace_file(os.path.join(folder, LAST)) as temporary:
         Path(temporary).write_text(file_name, encoding="utf-8")
 
 
@@ -322,13 +304,3 @@ def _iteration_inside(path: str) -> int | None:
     of_training = isinstance(state, dict) and "model" in state
     iteration = state.get("iteration") if of_training else None
     return iteration if isinstance(iteration, int) else None
-
-
-def _sync_folder(folder: str) -> None:
-    """Make a rename in the folder last; not every file system can."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

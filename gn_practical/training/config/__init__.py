@@ -1,5 +1,7 @@
-"""The config: its keys, how files are read, and what of their values can be told to be wrong."""
+"""The config: its keys, how files are read, and what errors say of it."""
 
 from gn_practical.training.config.keys import add_training_config
+from gn_practical.training.config.load import load_cfg
+from gn_practical.training.config.node import RunConfig
 
-__all__ = ["add_training_config"]
+__all__ = ["RunConfig", "add_training_config", "load_cfg"]

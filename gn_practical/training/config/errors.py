@@ -2,7 +2,7 @@
 
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,16 +16,15 @@ _MOST_LETTERS = 80
 
 
 @contextmanager
-def blame_config(args: Namespace, applies: Callable[[], bool] = lambda: True) -> Iterator[None]:
+def blame_config(args: Namespace) -> Iterator[None]:
     """Turn an error from inside a library into one that names the keys the user set.
 
-    Around what depends on the config alone: set-up, construction, the first step. What fails there
-    fails for a value in the config, wherever in a library it shows. Errors of this package speak
-    for themselves and pass.
+    What fails in set-up, in the first step or in an evaluation fails for a value in the config,
+    wherever in a library it shows. Errors of this package speak for themselves and pass, as do
+    those that :func:`not_for_config` marked.
 
     Args:
         args: the command line: its overrides, or else the keys of its config file, are named.
-        applies: asked when an error has come; False lets it pass as it is.
 
     Raises:
         ValueError: in place of the library's error, which is its cause.
@@ -41,12 +40,21 @@ MODEL.DEVICE=gpu of a.yaml.
     try:
         yield
     except Exception as error:
-        if _speaks_for_itself(error) or not applies():
+        if _speaks_for_itself(error) or getattr(error, "is_not_for_config", False):
             raise
         reason = " ".join(str(error).split())
         reason = f"{type(error).__name__}: {reason}"[:300].rstrip(".!: ")
         text = f"the config must fit together, got {reason}. Look at {_suspects(args)}."
         raise ValueError(text) from error
+
+
+def not_for_config(error: Exception) -> None:
+    """Let an error pass :func:`blame_config` as it is: the config has been seen to work.
+
+    Args:
+        error: about to be raised again.
+    """
+    error.is_not_for_config = True
 
 
 def _speaks_for_itself(error: Exception) -> bool:

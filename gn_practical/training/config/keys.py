@@ -1,6 +1,10 @@
 """Configuration keys of the trainer, added to a Detectron2 config."""
 
+from collections.abc import Iterable
+
 from detectron2.config import CfgNode
+
+from gn_practical.training.config.node import look_up
 
 
 def add_training_config(cfg: CfgNode) -> None:
@@ -16,13 +20,6 @@ def add_training_config(cfg: CfgNode) -> None:
         >>> cfg.TEST.NUM_PICTURES
         8
     """
-    _add_dataset_keys(cfg)
-    _add_engine_keys(cfg)
-    _add_fault_keys(cfg)
-    _add_checkpoint_keys(cfg)
-
-
-def _add_dataset_keys(cfg: CfgNode) -> None:
     # Data sets of your own in COCO's instance format, registered before anything is built:
     # ((name, image_root, instances_json), ...). Paths are relative to the working directory.
     cfg.DATASETS.COCO_INSTANCES = ()
@@ -31,8 +28,6 @@ def _add_dataset_keys(cfg: CfgNode) -> None:
     # registered as "<name>_separated"; tools/prepare_panoptic_coco.py makes sem_seg_root.
     cfg.DATASETS.COCO_PANOPTIC = ()
 
-
-def _add_engine_keys(cfg: CfgNode) -> None:
     # Precision under SOLVER.AMP.ENABLED: "float16" (CUDA, with loss scaling) or "bfloat16"
     # (CUDA and CPU, without).
     cfg.SOLVER.AMP.DTYPE = "float16"
@@ -42,8 +37,6 @@ def _add_engine_keys(cfg: CfgNode) -> None:
     # Validation images drawn with predictions beside ground truth at each evaluation.
     cfg.TEST.NUM_PICTURES = 8
 
-
-def _add_fault_keys(cfg: CfgNode) -> None:
     # Steps with a loss or gradient that is not finite which a run leaves out before the next one
     # ends it, in total; 0: the first one ends it. Each is kept in OUTPUT_DIR/bad_steps.json. What
     # float16's loss scaling leaves out in search of its scale is not counted.
@@ -53,11 +46,42 @@ def _add_fault_keys(cfg: CfgNode) -> None:
     # and is listed with the reason in OUTPUT_DIR/skipped_samples.json.
     cfg.DATALOADER.MAX_SKIPPED_SAMPLES = 0
 
-
-def _add_checkpoint_keys(cfg: CfgNode) -> None:
     # How many of the checkpoints model_0000123.pth to keep, the newest; 0 for all. Where one can
     # be damaged, keep 2 at least: resuming takes the newest that is whole.
     cfg.SOLVER.CHECKPOINT_KEEP_LAST = 0
     # Metric whose highest value is kept as model_best.pth, as metrics.json names it:
     # "panoptic_seg/PQ", "bbox/AP"; "" for none. Needs TEST.EVAL_PERIOD.
     cfg.TEST.BEST_METRIC = ""
+
+
+COUNTS = (
+    *("SOLVER.AUDIT_PERIOD", "SOLVER.MAX_SKIPPED_STEPS", "SOLVER.CHECKPOINT_KEEP_LAST"),
+    *("DATALOADER.MAX_SKIPPED_SAMPLES", "TEST.NUM_PICTURES"),
+)
+
+
+def check_counts(cfg: CfgNode, keys: Iterable[str] = COUNTS, least: int = 0) -> None:
+    """Check integers of our own; the values of Detectron2's keys are Detectron2's business.
+
+    Args:
+        cfg: a complete config.
+        keys: dotted.
+        least: what they must be at least.
+
+    Raises:
+        ValueError: for the first one that is too small.
+
+    Example:
+        >>> from detectron2.config import get_cfg
+        >>> cfg = get_cfg()
+        >>> cfg.TEST.NUM_PICTURES = -1
+        >>> check_counts(cfg)
+        Traceback (most recent call last):
+        ValueError: TEST.NUM_PICTURES must be 0 or more, got TEST.NUM_PICTURES=-1. Correct it.
+    """
+    for key in keys:
+        value = look_up(cfg, key)
+        if value is not None and value < least:
+            raise ValueError(
+                f"{key} must be {least} or more, got {key}={value}. Correct the value."
+            )

@@ -12,12 +12,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.utils import comm
-from torch.multiprocessing import _prctl_pr_set_pdeathsig
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from gn_practical.training.data.errors import DatasetError
 from gn_practical.training.data.sampler import BatchStream, Sample
 from gn_practical.training.data.seeding import run_seed, seeded
+from gn_practical.training.processes import end_with_parent
 
 _MAX_SUBSTITUTES = 100
 
@@ -187,7 +187,7 @@ def _as_list(samples: list[Any]) -> list[Any]:
 
 def follow_rank(worker: int) -> None:
     """Let a worker end when its rank does, or asks for it, and not by a signal to the whole job."""
-    _prctl_pr_set_pdeathsig(signal.SIGKILL)
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

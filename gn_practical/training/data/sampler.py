@@ -6,6 +6,8 @@ from itertools import islice
 
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 
+from gn_practical.training.detectron2_internals import stream_of_all_ranks
+
 Sample = tuple[int, int]  # position in the stream, index in the data set
 
 
@@ -49,8 +51,7 @@ class BatchStream:
     pending: list[list[Sample]] = field(default_factory=lambda: [[], []])
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        # Detectron2's samplers have the stream of all ranks under this name alone.
-        indices = islice(self.sampler._infinite_indices(), self.position, None)
+        indices = islice(stream_of_all_ranks(self.sampler), self.position, None)
         while True:
             yield [self._next_batch(indices) for _ in range(self.num_ranks)][self.rank]
 

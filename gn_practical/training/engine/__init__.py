@@ -1,10 +1,11 @@
 """Training: launch, set-up, checks, and the trainer."""
 
+from gn_practical.training.config import load_cfg
 from gn_practical.training.engine.autocast import AutocastTrainer
 from gn_practical.training.engine.checks import check_run
 from gn_practical.training.engine.launch import launch
-from gn_practical.training.engine.run import main
-from gn_practical.training.engine.setup import argument_parser, load_cfg, setup
+from gn_practical.training.engine.run import one_clear_error
+from gn_practical.training.engine.setup import argument_parser, default_setup
 from gn_practical.training.engine.trainer import Trainer
 
 __all__ = [
@@ -12,8 +13,8 @@ __all__ = [
     "Trainer",
     "argument_parser",
     "check_run",
+    "default_setup",
     "launch",
     "load_cfg",
-    "main",
-    "setup",
+    "one_clear_error",
 ]

@@ -1,14 +1,13 @@
 """Training steps in any precision, on CUDA and on the CPU, that leave out what is not finite."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gn_practical.training.engine.bad_steps import (
     BadSteps,
@@ -49,13 +48,16 @@ class AutocastTrainer(SimpleTrainer):
         self.dtype = DTYPES[dtype] if dtype else None
         self.grad_scaler = torch.amp.GradScaler(self.device, enabled=self.dtype is torch.float16)
         self.bad_steps = bad_steps or BadSteps()
+        self._batches: Iterator[Any] | None = None  # made when the first step asks
         self._statistics = _running_statistics(model) if self.bad_steps.max_skipped else []
         self._statistics_before = [statistic.clone() for statistic in self._statistics]
 
     def run_step(self) -> None:
         """Compute the losses under autocast, then step in the precision of the parameters."""
         start = time.perf_counter()
-        data = next(self._data_loader_iter)
+        if self._batches is None:
+            self._batches = iter(self.data_loader)
+        data = next(self._batches)
         data_time = time.perf_counter() - start
         _copy(self._statistics, self._statistics_before)
         with torch.autocast(self.device, self.dtype, enabled=self.dtype is not None):
@@ -67,10 +69,19 @@ class AutocastTrainer(SimpleTrainer):
         self.grad_scaler.scale(loss * (1 + 0 * loss.detach())).backward()
         self.after_backward()
         if gradients_are_finite(self.optimizer) or not self._is_bad(loss_dict, data):
-            self._write_metrics(loss_dict, data_time)
+            self.write_metrics(loss_dict, data_time, self.iter)
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         self._write_counts()
+
+    def reset_data_loader(self, data_loader_builder: Callable[[], Iterable[Any]]) -> None:
+        """Replace the data loader, and end the workers of the one before.
+
+        Args:
+            data_loader_builder: makes the new one.
+        """
+        self._batches = None
+        super().reset_data_loader(data_loader_builder)
 
     def _is_bad(self, loss_dict: dict[str, Tensor], data: Iterable[Any]) -> bool:
         """Undo and keep the step; unless the loss was scaled too far, which the scaler undoes."""
@@ -109,12 +120,12 @@ def _running_statistics(model: nn.Module) -> list[Tensor]:
     return [
         buffer
         for module in model.modules()
-        if isinstance(module, _BatchNorm)
+        if getattr(module, "track_running_stats", False)
         for buffer in module.buffers()
         if buffer.is_floating_point()
     ]
 
 
 def _copy(source: list[Tensor], target: list[Tensor]) -> None:
-    if source:
-        torch._foreach_copy_(target, source)
+    for value, place in zip(source, target, strict=True):
+        place.copy_(value)

@@ -8,14 +8,11 @@ from math import isfinite
 from typing import Any
 
 import torch
-from detectron2.engine import HookBase
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from gn_practical.training.checkpoint.files import LAST
 from gn_practical.training.checkpoint.finite_weights import all_finite
-from gn_practical.training.data import SkippedSamples
 
 _MOST_NAMES = 20  # parameters and images that are named; where all are bad, more say nothing
 
@@ -139,30 +136,3 @@ def describe_step(
 def losses_are_finite(step: dict[str, Any]) -> bool:
     """Whether the losses of all ranks are finite in a step that :func:`describe_step` described."""
     return not any(isinstance(v, str) for rank in step["ranks"] for v in rank["losses"].values())
-
-
-class CountSkippedSamples(HookBase):
-    """Logs the number of images that could not be used as ``skipped_samples``.
-
-    For the main rank. Where training starts anew it removes the list of an earlier run.
-
-    Args:
-        samples: the list that the mappers write.
-        period: iterations from one look to the next.
-    """
-
-    def __init__(self, samples: SkippedSamples, period: int = 20) -> None:
-        self.samples = samples
-        self.period = period
-
-    def before_train(self) -> None:
-        """Forget an earlier run."""
-        if self.trainer.start_iter == 0:
-            self.samples.forget()
-
-    def after_step(self) -> None:
-        """Log the count, once there is something to count."""
-        if (self.trainer.iter + 1) % self.period == 0:
-            count = len(self.samples.read())
-            if count:
-                get_event_storage().put_scalar("skipped_samples", count, smoothing_hint=False)

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlparse
 
@@ -15,29 +15,27 @@ from torch import nn
 from gn_practical.config import add_pgn_config
 from gn_practical.layers.protocol import BindableNorm
 from gn_practical.training.checkpoint.files import LAST, newest_whole
-from gn_practical.training.config.values import check_values
-from gn_practical.training.data import check_datasets
+from gn_practical.training.config.keys import check_counts
+from gn_practical.training.config.node import RunConfig
 from gn_practical.training.engine.autocast import DTYPES
+from gn_practical.training.engine.signals import STOP
+
+_logger = logging.getLogger(__name__)
 
 
-def check_run(
-    cfg: CfgNode,
-    eval_only: bool = False,
-    resume: bool = False,
-    check_data: Callable[..., None] = check_datasets,
-) -> None:
-    """Check a config against the machine, the files and the data, before anything is built.
+def check_run(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -> None:
+    """Check a config against the machine and the files, before anything is built.
 
     Args:
-        cfg: the config, its data sets registered.
+        cfg: the config.
         eval_only: check what an evaluation needs alone.
         resume: a checkpoint in ``OUTPUT_DIR`` will be taken in place of ``MODEL.WEIGHTS``.
-        check_data: called with ``cfg`` and ``eval_only``; for detection by default.
 
     Raises:
-        ValueError: with the key, its value and the way out; ``DatasetError`` for data.
+        ValueError: with the key, its value and what to do.
     """
-    check_values(cfg)
+    STOP.check()
+    check_counts(cfg)
     _check_device(cfg)
     _check_architecture(cfg)
     _check_expected_results(cfg.TEST.EXPECTED_RESULTS)
@@ -45,13 +43,14 @@ def check_run(
     if not eval_only:
         _check_precision(cfg)
         _check_solver(cfg.SOLVER)
+        _warn_of_schedule(cfg)
         if os.path.isfile(os.path.join(cfg.OUTPUT_DIR, LAST)) and not resume:
-            logging.getLogger(__name__).warning(
+            _logger.warning(
                 "%s holds checkpoints of an earlier run, which this one overwrites. "
                 "Add --resume to continue it, or choose another OUTPUT_DIR.",
                 cfg.OUTPUT_DIR,
             )
-    check_data(cfg, eval_only=eval_only)
+    STOP.check()
 
 
 def check_model(cfg: CfgNode, model: nn.Module) -> None:
@@ -66,7 +65,7 @@ def check_model(cfg: CfgNode, model: nn.Module) -> None:
     _name_idle_keys(cfg, model)
     frozen = sum(isinstance(module, FrozenBatchNorm2d) for module in model.modules())
     if frozen and not cfg.MODEL.WEIGHTS:
-        logging.getLogger(__name__).warning(
+        _logger.warning(
             "%d FrozenBN layers have the statistics of no data, for MODEL.WEIGHTS is empty: such a "
             "network hardly trains. Give pretrained weights, or set the NORM keys to PGN.",
             frozen,
@@ -85,7 +84,7 @@ def _name_idle_keys(cfg: CfgNode, model: nn.Module) -> None:
         idle = [key for key in changed if key in by_rule and cfg.MODEL.PGN.NUM_GROUPS]
         reason = "MODEL.PGN.NUM_GROUPS is not 0"
     if idle:
-        logging.getLogger(__name__).warning(
+        _logger.warning(
             "%s %s no effect, for %s.",
             ", ".join(f"MODEL.PGN.{key}" for key in idle),
             *("has" if len(idle) == 1 else "have", reason),
@@ -138,11 +137,11 @@ def _check_precision(cfg: CfgNode) -> None:
 
 def _check_architecture(cfg: CfgNode) -> None:
     model = cfg.MODEL
-    if model.META_ARCHITECTURE == "PanopticFPN" and not model.MASK_ON:
+    combines = model.META_ARCHITECTURE == "PanopticFPN" and model.PANOPTIC_FPN.COMBINE.ENABLED
+    if combines and not model.MASK_ON:
         raise ValueError(
             "MODEL.MASK_ON must be True for a PanopticFPN, got MODEL.MASK_ON=False: its segments "
-            "are its masks. Add MODEL.MASK_ON True, or take MODEL.META_ARCHITECTURE "
-            "GeneralizedRCNN."
+            "are its masks. Add MODEL.MASK_ON True, or MODEL.PANOPTIC_FPN.COMBINE.ENABLED False."
         )
     if cfg.TEST.AUG.ENABLED and model.META_ARCHITECTURE != "GeneralizedRCNN":
         raise ValueError(
@@ -180,4 +179,36 @@ def _check_solver(solver: CfgNode) -> None:
         raise ValueError(
             "SOLVER.STEPS must end before SOLVER.MAX_ITER, got SOLVER.STEPS="
             f"{tuple(solver.STEPS)} and SOLVER.MAX_ITER={solver.MAX_ITER}. Move or drop that step."
+        )
+
+
+def _warn_of_schedule(cfg: CfgNode) -> None:
+    """Warn of a learning rate that does not fit the length of the run or the batch.
+
+    Shortening a run is the first thing that one does, and its overrides leave the rest of the
+    recipe as it was.
+    """
+    solver = cfg.SOLVER
+    length = f"SOLVER.MAX_ITER={solver.MAX_ITER}"
+    if solver.WARMUP_ITERS * 2 > solver.MAX_ITER > 0:
+        _logger.warning(
+            "The learning rate is warmed up in SOLVER.WARMUP_ITERS=%d of %s iterations: it is far "
+            "below SOLVER.BASE_LR for most of the run. Add SOLVER.WARMUP_ITERS %d.",
+            *(solver.WARMUP_ITERS, length, solver.MAX_ITER // 10),
+        )
+    falls = not solver.STEPS or min(solver.STEPS) < solver.MAX_ITER
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and not falls:
+        _logger.warning(
+            "No step of SOLVER.STEPS=%s lies within %s iterations: the learning rate never falls.",
+            *(tuple(solver.STEPS), length),
+        )
+    overridden = cfg.overridden if isinstance(cfg, RunConfig) else {}
+    batch = overridden.get("SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH)
+    follows = "SOLVER.BASE_LR" in overridden or "REFERENCE_BATCH" in solver  # a project's own key
+    if batch != solver.IMS_PER_BATCH and not follows:
+        _logger.warning(
+            "SOLVER.IMS_PER_BATCH is %d in place of the recipe's %d, with the same learning rate. "
+            "The linear rule asks for SOLVER.BASE_LR %g; SOLVER.REFERENCE_WORLD_SIZE scales batch, "
+            "learning rate and schedule together with the number of GPUs.",
+            *(solver.IMS_PER_BATCH, batch, solver.BASE_LR * solver.IMS_PER_BATCH / max(1, batch)),
         )

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,17 +13,25 @@ import torch
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from torch import distributed
-from torch.multiprocessing import ProcessExitedException, _prctl_pr_set_pdeathsig
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from gn_practical.training.engine.logs import quiet_torch
+from gn_practical.training.engine.run import run
 from gn_practical.training.engine.signals import EXIT_INTERRUPTED, stop_signals_to
+from gn_practical.training.processes import end_with_parent
+
+
+class RankError(Exception):
+    """The line that a rank ends with, on its way to the launcher, which prints it last."""
 
 
 def launch(main: Callable[[Namespace], Any], args: Namespace) -> Any:
     """Run ``main(args)`` on every rank: under torchrun as it says, else as ``--num-gpus`` says.
 
-    Without CUDA the ranks are processes on the CPU, which share its cores and talk through gloo.
-    Signals that ask to stop are passed on to the ranks. When a rank ends with an error, or is
-    killed, the others are ended too.
+    Each rank stops on signals, and ends with one clear error where the user can correct it
+    (:func:`gn_practical.training.engine.run.run`). Without CUDA the ranks are processes on the CPU,
+    which share its cores and talk through gloo. Signals that ask to stop are passed on to the
+    ranks. When a rank ends with an error, or is killed, the others are ended too.
 
     Args:
         main: called once a rank; must be importable by name.
@@ -34,20 +43,37 @@ def launch(main: Callable[[Namespace], Any], args: Namespace) -> Any:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return _run_under_torchrun(main, args)
+    if args.num_gpus * args.num_machines == 1:
+        return run(main, args)
     _share_cores(args.num_gpus)
+    quiet_torch()
     with _signals_passed_on() as passed_on:
         try:
             return detectron2_launch(
-                main,
+                _run_rank,
                 args.num_gpus,
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
                 dist_url=args.dist_url,
-                args=(args,),
+                args=(main, args),
             )
         except ProcessExitedException as error:
             # The rank has said what was wrong; the launcher's own traceback would bury it.
             raise SystemExit(_exit_code(error, passed_on)) from None
+        except ProcessRaisedException as error:
+            _, is_line, line = str(error).rpartition(f"{RankError.__name__}: ")
+            if not is_line:
+                raise
+            raise SystemExit(line.strip()) from None
+
+
+def _run_rank(main: Callable[[Namespace], Any], args: Namespace) -> None:
+    try:
+        run(main, args)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            raise RankError(end.code) from None
+        raise
 
 
 @contextmanager
@@ -70,12 +96,12 @@ def _exit_code(error: ProcessExitedException, passed_on: set[int]) -> int:
         return error.exit_code or 1
     if -error.exit_code in passed_on:  # a rank that had not begun to handle signals
         return EXIT_INTERRUPTED
-    print(f"error: rank {error.error_index} was killed by {error.signal_name}.")
+    print(f"error: rank {error.error_index} was killed by {error.signal_name}.", file=sys.stderr)
     return 128 - error.exit_code
 
 
 def _run_under_torchrun(main: Callable[[Namespace], Any], args: Namespace) -> Any:
-    _prctl_pr_set_pdeathsig(signal.SIGTERM)  # torchrun leaves its ranks behind when it is killed
+    end_with_parent(signal.SIGTERM)  # torchrun leaves its ranks behind when it is killed
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     _share_cores(local_size)
     if torch.cuda.is_available():
@@ -83,7 +109,7 @@ def _run_under_torchrun(main: Callable[[Namespace], Any], args: Namespace) -> An
     _join_ranks()
     comm.create_local_process_group(local_size)
     try:
-        return main(args)
+        return run(main, args)
     finally:
         distributed.destroy_process_group()
 
@@ -107,3 +133,5 @@ def _share_cores(local_size: int) -> None:
         threads = max(1, (os.cpu_count() or 1) // local_size)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes to come
         torch.set_num_threads(threads)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"No GPU: {local_size} processes on the CPU, {threads} threads each.", flush=True)

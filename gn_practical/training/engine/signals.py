@@ -1,5 +1,6 @@
 """Signals that ask a run to stop: it finishes its step, saves, and says so by its exit code."""
 
+import logging
 import os
 import signal
 import threading
@@ -29,7 +30,7 @@ class Interrupted(SystemExit):
 
 @contextmanager
 def stop_signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle :data:`STOP_SIGNALS` here, and leave them afterwards to who handled them before."""
+    """Handle :data:`STOP_SIGNALS` in this block; afterwards they are handled as before it."""
     before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
     try:
         yield
@@ -41,64 +42,70 @@ def stop_signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterato
 class StopSignals:
     """What became of the signals of a process.
 
-    The first one sets ``received``. Where nothing is lost it raises :class:`Interrupted` at once;
-    within :meth:`held` it waits to be asked for. A second one ends the process at once.
+    The handler notes the first one in ``received`` and raises nothing, for it may have interrupted
+    anybody's code. :meth:`check` is called where stopping loses nothing: between the phases of
+    set-up, and between the batches of an evaluation; the trainer looks at ``received`` after each
+    step. A second signal ends the process at once.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._time = 0.0
-        self._held = False
+        self._handles = False
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Handle the signals here, and leave them afterwards to who handled them before."""
-        if threading.current_thread() is not threading.main_thread():  # Python forbids it there
+        """Handle the signals in this block; within another such block it changes nothing.
+
+        Raises:
+            Interrupted: in place of an error that came after a signal, as when a rank that was
+                stopped too is waited for.
+        """
+        # Python forbids other threads to handle signals.
+        if self._handles or threading.current_thread() is not threading.main_thread():
             yield
             return
-        self.received, process = None, os.getpid()
+        self.received, self._handles, process = None, True, os.getpid()
+        says_so = comm.is_main_process()
 
         def handle(number: int, _: FrameType | None) -> None:
             if os.getpid() == process:  # and not a data loader's worker, which has the handler too
-                self._receive(signal.Signals(number))
+                self._receive(signal.Signals(number), says_so)
 
-        with stop_signals_to(handle):
-            yield
-
-    @contextmanager
-    def held(self, held: bool = True) -> Iterator[None]:
-        """Hold signals back here; or, with False inside of it, do not, for what can be redone.
-
-        Raises:
-            Interrupted: (for False) as soon as a signal comes, or has come before.
-        """
-        before, self._held = self._held, held
         try:
-            if self.received and not held:
-                raise Interrupted
-            yield
-        except Exception as error:  # as when a rank that was stopped too is waited for
-            if self.received and not held:
+            with stop_signals_to(handle):
+                yield
+        except Exception as error:
+            if self.received:
+                logging.getLogger(__name__).warning("Failed after the signal", exc_info=True)
                 raise Interrupted from error
             raise
         finally:
-            self._held = before
+            self._handles = False
+
+    def check(self) -> None:
+        """Stop here if a signal has asked for it.
+
+        Raises:
+            Interrupted: if one has.
+        """
+        if self.received:
+            raise Interrupted
 
     def ignore(self) -> None:
         """Take no further signal: the checkpoint that the first one asked for is being written."""
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
-    def _receive(self, number: signal.Signals) -> None:
+    def _receive(self, number: signal.Signals, says_so: bool) -> None:
         now = time.monotonic()
         if self.received and now - self._time > _ECHO_SECONDS:
             os._exit(EXIT_INTERRUPTED)
         if not self.received:
             self.received, self._time = number, now
-            if not self._held:
-                raise Interrupted
-            # Not by print or logging, which a handler may have interrupted.
-            os.write(2, f"{number.name}: stopping after this step. Again: at once.\n".encode())
+            if says_so:  # not by print or logging, which a handler may have interrupted
+                text = f"{number.name}: stopping where nothing is lost. Again: at once.\n"
+                os.write(2, text.encode())
 
 
 STOP = StopSignals()

@@ -1,6 +1,5 @@
 """``Trainer``: Detectron2's ``DefaultTrainer`` with PGN models, PQ and AP, on CUDA and the CPU."""
 
-import json
 import logging
 import os
 import weakref
@@ -11,13 +10,8 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
-from detectron2.engine import (
-    DefaultTrainer,
-    HookBase,
-    TrainerBase,
-    create_ddp_model,
-    hooks,
-)
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
@@ -25,41 +19,24 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 
 from gn_practical.modeling import bind_model, build_model
+from gn_practical.training.atomic import write_json
 from gn_practical.training.checkpoint import GroupsCheckpointer
-from gn_practical.training.checkpoint.best import BestCheckpoint
+from gn_practical.training.config.errors import not_for_config
+from gn_practical.training.config.node import RunConfig
 from gn_practical.training.data import CheckedDatasetMapper, skipped_samples
 from gn_practical.training.data.loader import build_train_loader
 from gn_practical.training.data.seeding import run_seed
+from gn_practical.training.engine import hooks
 from gn_practical.training.engine.autocast import AutocastTrainer
-from gn_practical.training.engine.bad_steps import BadSteps, CountSkippedSamples
+from gn_practical.training.engine.bad_steps import BadSteps
 from gn_practical.training.engine.checks import check_model
-from gn_practical.training.engine.isometry_hook import IsometryHook
-from gn_practical.training.engine.metrics import BoundHistories, SteadyWriter, forget_metrics
+from gn_practical.training.engine.events import SteadyWriter, forget_metrics
 from gn_practical.training.engine.signals import EXIT_INTERRUPTED, STOP, Agreement, Interrupted
+from gn_practical.training.engine.summary import describe_run
 from gn_practical.training.engine.training_state import TrainingState
-from gn_practical.training.evaluation import (
-    build_evaluator,
-    plot_metrics,
-    results_table,
-    write_results,
-)
+from gn_practical.training.evaluation import build_evaluator, results_table, write_results
 
-
-class PlotCurves(HookBase):
-    """Draws ``curves.png`` from ``metrics.json`` when training ends, however it ends."""
-
-    def __init__(self, output_dir: str) -> None:
-        self.output_dir = output_dir
-
-    def after_train(self) -> None:
-        """Draw; a failure is logged and does not hide what ended the training."""
-        path = os.path.join(self.output_dir, "curves.png")
-        try:
-            plot_metrics(os.path.join(self.output_dir, "metrics.json"), path)
-        except Exception as error:
-            logging.getLogger(__name__).warning("The curves could not be drawn: %s", error)
-        else:
-            logging.getLogger(__name__).info("Curves of losses and metrics: %s", path)
+_logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
@@ -78,6 +55,8 @@ class Trainer(DefaultTrainer):
         # As DefaultTrainer's own, which cannot be called: it passes a device index to
         # DistributedDataParallel on the CPU too, and knows one kind of mixed precision.
         TrainerBase.__init__(self)
+        if isinstance(cfg, RunConfig):
+            cfg.forget_reads()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -101,23 +80,27 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+        _logger.info(describe_run(cfg, self._trainer.model, data_loader))
+        STOP.check()
 
     def build_hooks(self) -> list[HookBase | None]:
         """Return Detectron2's hooks, evaluation with augmentation where asked, and curves."""
-        built = super().build_hooks()
-        if self.cfg.TEST.AUG.ENABLED:
-            built.append(hooks.EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model)))
+        cfg, built = self.cfg, super().build_hooks()
+        if cfg.TEST.AUG.ENABLED:
+            built.append(EvalHook(0, lambda: self.test_with_tta(cfg, self.model)))
         if comm.is_main_process():
-            if self.cfg.TEST.BEST_METRIC:
-                best = (self.cfg.TEST.BEST_METRIC, self.cfg.TEST.EVAL_PERIOD)
-                built.append(BestCheckpoint(self.checkpointer, *best))
-            built.append(PlotCurves(self.cfg.OUTPUT_DIR))
-            if self.cfg.DATALOADER.MAX_SKIPPED_SAMPLES:
+            if cfg.TEST.BEST_METRIC:
+                best = (cfg.TEST.BEST_METRIC, cfg.TEST.EVAL_PERIOD)
+                built.append(hooks.BestCheckpoint(self.checkpointer, *best))
+            built.append(hooks.PlotCurves(cfg.OUTPUT_DIR))
+            if isinstance(cfg, RunConfig):
+                built.append(hooks.NameUnreadKeys(cfg))
+            if cfg.DATALOADER.MAX_SKIPPED_SAMPLES:
                 # First, so that what it logs is there when the writers write.
-                built.insert(0, CountSkippedSamples(skipped_samples(self.cfg)))
-            if self.cfg.SOLVER.AUDIT_PERIOD:
-                built.insert(0, IsometryHook(self.cfg.SOLVER.AUDIT_PERIOD))
-        return [BoundHistories(), *built]
+                built.insert(0, hooks.CountSkippedSamples(skipped_samples(cfg)))
+            if cfg.SOLVER.AUDIT_PERIOD:
+                built.insert(0, hooks.IsometryHook(cfg.SOLVER.AUDIT_PERIOD))
+        return [hooks.BoundHistories(), *built]
 
     def build_writers(self) -> list[EventWriter]:
         """Return Detectron2's writers, which cannot end the training here."""
@@ -130,6 +113,7 @@ class Trainer(DefaultTrainer):
             self.state.warn_if_fresh()
             if comm.is_main_process():
                 forget_metrics(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter)
+        STOP.check()
 
     def train(self) -> dict[str, Any] | None:
         """Train; stop after a step if a signal asks for it, with a checkpoint of it.
@@ -137,7 +121,7 @@ class Trainer(DefaultTrainer):
         Raises:
             Interrupted: if it was stopped.
         """
-        with STOP.handled(), STOP.held():
+        with STOP.handled():
             self._agreement = Agreement()
             try:
                 results = super().train()
@@ -145,18 +129,24 @@ class Trainer(DefaultTrainer):
                 self._trainer.reset_data_loader(lambda: self.state.loader)  # ends its workers
             self._agreement.finish()
             self.checkpointer.wait()
+            _logger.info("Done: checkpoints, metrics and curves are in %s.", self.cfg.OUTPUT_DIR)
             return results
 
     def run_step(self) -> None:
         """Run a step, with random numbers that follow from the iteration."""
         self.state.begin_step(self.iter)
-        super().run_step()
+        try:
+            super().run_step()
+        except Exception as error:
+            if self.iter > self.start_iter:
+                not_for_config(error)
+            raise
 
     def after_step(self) -> None:
         """Run the hooks, and stop here if a signal has asked for it.
 
-        An evaluation is left at once: it can be redone. The other ranks may still be in it, so
-        that they are not waited for.
+        An evaluation is left between two batches: it can be redone. The other ranks may still be
+        in it, so that they are not waited for.
         """
         try:
             super().after_step()
@@ -173,7 +163,7 @@ class Trainer(DefaultTrainer):
         if (self.iter + 1) % self.cfg.SOLVER.CHECKPOINT_PERIOD:  # else it has been saved
             self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
         self.checkpointer.wait()
-        logging.getLogger(__name__).warning(
+        _logger.warning(
             "Stopped by %s after iteration %d. --resume goes on from there; exit code %d.",
             *(STOP.received.name if STOP.received else "a signal to another rank", self.iter),
             EXIT_INTERRUPTED,
@@ -182,12 +172,13 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Build the model and save its table of groups beside the checkpoints to come."""
+        STOP.check()
         model = build_model(cfg)
         check_model(cfg, model)
         if comm.is_main_process():
             table = [asdict(binding) for binding in bind_model(model, cfg)]
-            with open(os.path.join(cfg.OUTPUT_DIR, "num_groups.json"), "w") as file:
-                json.dump(table, file, indent=1)
+            write_json(os.path.join(cfg.OUTPUT_DIR, "num_groups.json"), table, indent=1)
+        STOP.check()
         return model
 
     @classmethod
@@ -212,13 +203,16 @@ class Trainer(DefaultTrainer):
     def test(
         cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None
     ) -> dict[str, Any]:
-        """Evaluate on ``cfg.DATASETS.TEST``, log one table and write ``results.json``."""
-        with STOP.held(False):
-            results = super().test(cfg, model, evaluators)
+        """Evaluate on ``cfg.DATASETS.TEST``, log one table and write ``results.json``.
+
+        Raises:
+            Interrupted: between two batches, if a signal asks for it.
+        """
+        results = cls._test(cfg, model, evaluators)
         if comm.is_main_process() and results:
             path = os.path.join(cfg.OUTPUT_DIR, "results.json")
             write_results(results, path)
-            logging.getLogger(__name__).info("Results (%s):\n%s", path, results_table(results))
+            _logger.info("Results (%s):\n%s", path, results_table(results))
         return results
 
     @classmethod
@@ -226,6 +220,32 @@ class Trainer(DefaultTrainer):
         """Evaluate with test-time augmentation, as ``TEST.AUG`` says; R-CNN models only."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
-        with STOP.held(False):
-            results = super().test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        results = cls._test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return OrderedDict({f"{key}_TTA": value for key, value in results.items()})
+
+    @classmethod
+    def _test(
+        cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None
+    ) -> dict[str, Any]:
+        STOP.check()
+        if evaluators is None:
+            evaluators = [cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
+        try:
+            return super().test(cfg, model, [[_StopCheck(), each] for each in evaluators])
+        except OSError as error:  # a full disk, and no value of the config
+            not_for_config(error)
+            raise
+        except Exception as error:
+            if STOP.received:  # another rank has left
+                raise Interrupted from error
+            raise
+
+
+class _StopCheck(DatasetEvaluator):
+    """Leaves an evaluation between two batches, and before their results are counted."""
+
+    def process(self, inputs: Any, outputs: Any) -> None:
+        STOP.check()
+
+    def evaluate(self) -> None:
+        STOP.check()

@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch.multiprocessing import _prctl_pr_set_pdeathsig
-
-from gn_practical.training.evaluation.results import write_results
+from gn_practical.training.atomic import write_json
+from gn_practical.training.processes import end_with_parent
 from gn_practical.training.sweep.plan import Plan, Run
 
 POLL_S = 0.2
@@ -73,7 +72,7 @@ class Task:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                preexec_fn=_end_with_parent,
+                preexec_fn=_prepare,
             )
 
     def end(self) -> bool:
@@ -120,7 +119,7 @@ class Task:
     def _write_record(self, finished: bool) -> None:
         seconds = round(self.before + time.time() - self.start_time, 1)
         record = {**self.identity, "finished": finished, "seconds": seconds}
-        write_results(record, os.path.join(self.run.folder, _RECORD))
+        write_json(os.path.join(self.run.folder, _RECORD), record, indent=1)
 
 
 def read_record(run: Run) -> dict[str, Any]:
@@ -136,8 +135,8 @@ def is_finished(run: Run) -> bool:
     return read_record(run).get("finished", False)
 
 
-def _end_with_parent() -> None:
+def _prepare() -> None:
     """In the new process: end when the sweep is killed; the next sweep starts the run again."""
-    _prctl_pr_set_pdeathsig(signal.SIGKILL)
+    end_with_parent()
     # submitit's signal, which may reach all processes of a job: the task passes it on as SIGTERM.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)

@@ -3,11 +3,10 @@
 import logging
 import math
 from argparse import ArgumentParser, Namespace
-from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
 
 from gn_classification.config import add_classification_config
@@ -20,8 +19,9 @@ from gn_classification.loaders import (
     build_train_loader,
 )
 from gn_practical.training import engine
-from gn_practical.training.config.values import check_values
-from gn_practical.training.engine.run import Task
+from gn_practical.training.checkpoint import GroupsCheckpointer
+from gn_practical.training.config import load_cfg
+from gn_practical.training.config.keys import check_counts
 
 _EPILOG = """
 Examples, in projects/classification:
@@ -49,6 +49,15 @@ num_groups.json, checkpoints and TensorBoard's events.
 
 # What :func:`complete` turns into MAX_ITER, STEPS, BASE_LR and CHECKPOINT_PERIOD.
 _IN_EPOCHS = ("EPOCHS", "STEP_FRACTIONS", "REFERENCE_BATCH", "CHECKPOINT_EPOCHS")
+
+_COUNTS = (
+    *("MODEL.CLASSIFIER.NUM_CLASSES", "SOLVER.EPOCHS", "SOLVER.REFERENCE_BATCH"),
+    *("SOLVER.CHECKPOINT_EPOCHS", "TEST.EVAL_EPOCHS", "DATASETS.VAL_FRACTION"),
+)
+_POSITIVE = (
+    *("MODEL.CLASSIFIER.HIDDEN", "INPUT.IMAGE_SIZE", "TEST.IMS_PER_BATCH"),
+    "SOLVER.IMS_PER_BATCH",
+)
 
 
 class ClassifierTrainer(engine.Trainer):
@@ -99,7 +108,7 @@ def argument_parser() -> ArgumentParser:
 
 
 def main(args: Namespace) -> dict[str, Any] | None:
-    """Train, or evaluate with ``--eval-only``, as the arguments say.
+    """Train, or evaluate with ``--eval-only``, on this rank.
 
     Args:
         args: what :func:`argument_parser` parsed.
@@ -107,12 +116,34 @@ def main(args: Namespace) -> dict[str, Any] | None:
     Returns:
         The results of the evaluation on the main rank.
     """
-    check_run = partial(engine.check_run, check_data=_check_classes)
-    return engine.main(args, Task(_setup, check_run, ClassifierTrainer))
+    cfg = setup(args)
+    if args.eval_only:
+        model = ClassifierTrainer.build_model(cfg)
+        checkpointer = GroupsCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results = ClassifierTrainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+
+    trainer = ClassifierTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
 
 
-def _setup(args: Namespace) -> CfgNode:
-    return engine.setup(args, lambda cfg: complete(cfg, args), add_classification_config)
+def setup(args: Namespace) -> CfgNode:
+    """Read and complete the config, set up folder and logs, and check all that is known."""
+    cfg = load_cfg(
+        args.config_file,
+        args.opts,
+        trusted=args.trust_config,
+        add_config=add_classification_config,
+    )
+    cfg = complete(cfg, args)
+    engine.default_setup(cfg, args)
+    engine.check_run(cfg, args.eval_only, args.resume)
+    _check_classes(cfg, args.eval_only)
+    return cfg
 
 
 def complete(cfg: CfgNode, args: Namespace) -> CfgNode:
@@ -128,7 +159,8 @@ def complete(cfg: CfgNode, args: Namespace) -> CfgNode:
     Raises:
         ValueError: for values that contradict each other; ``DatasetError`` for data.
     """
-    check_values(cfg)
+    check_counts(cfg, _COUNTS)
+    check_counts(cfg, _POSITIVE, least=1)
     _check_combinations(cfg, args)
     names = cfg.DATASETS.TEST if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     if args.download:

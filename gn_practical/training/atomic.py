@@ -1,0 +1,74 @@
+"""Files that are whole or not there: what is written takes the place of its path in one step."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+PathLike = str | os.PathLike
+
+
+@contextmanager
+def replace_file(path: PathLike, durable: bool = True) -> Iterator[str]:
+    """Name a new file to write, which replaces ``path`` whole at the end of the block, or never.
+
+    What is there before stays readable until then, and for good where the block raises. A rename
+    takes the place of a link, it does not write through it: neither a symbolic nor a hard link to
+    ``path`` changes the file that it shares.
+
+    Args:
+        path: the file to write or replace; its folder must exist.
+        durable: whether the new content is on the disk at the end: file and folder are synced.
+            False where thousands of small files are written that can be made again.
+
+    Example:
+        >>> import tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "a")
+        >>> with replace_file(path) as temporary:
+        ...     _ = Path(temporary).write_text("whole")
+        >>> Path(path).read_text()
+        'whole'
+    """
+    path = os.fspath(path)
+    temporary = f"{path}.tmp"
+    with suppress(FileNotFoundError):
+        os.remove(temporary)  # what a killed process left
+    try:
+        yield temporary
+        if durable:
+            _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
+    if durable:
+        with suppress(OSError):  # not every file system can sync a folder
+            _sync(os.path.dirname(path) or ".")
+
+
+def write_json(path: PathLike, content: Any, **options: Any) -> None:
+    """Write a json file whole; its folder is made.
+
+    Args:
+        path: the file to write or replace.
+        content: what ``json.dumps`` takes.
+        options: of ``json.dumps``.
+
+    Raises:
+        OSError: if it cannot be written; ``path`` is then as it was.
+    """
+    text = json.dumps(content, **options)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with replace_file(path) as temporary:
+        Path(temporary).write_text(f"{text}\n", encoding="utf-8")
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,231 @@
+"""What a run does beside its steps."""
+
+import logging
+import math
+import os
+from typing import Any
+
+from detectron2.engine import HookBase
+from detectron2.utils.events import get_event_storage
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gn_practical.analysis.recorder import BlockRecorder
+from gn_practical.training.checkpoint.checkpointer import BEST, GroupsCheckpointer
+from gn_practical.training.config.node import RunConfig, look_up
+from gn_practical.training.data import SkippedSamples
+from gn_practical.training.detectron2_internals import bound_histories
+from gn_practical.training.evaluation import plot_metrics
+
+
+class BoundHistories(HookBase):
+    """Keeps the newest values alone of each scalar in memory; the writers wrote all of them.
+
+    Detectron2 keeps the last million of each, some 100 bytes a value: with 25 scalars half a
+    gigabyte after 270,000 iterations. It looks at the last 20. First among the hooks, for it holds
+    for scalars that are new to the storage.
+
+    Args:
+        length: values that are kept of each scalar.
+    """
+
+    def __init__(self, length: int = 1000) -> None:
+        self.length = length
+
+    def before_train(self) -> None:
+        """Bound the histories to come."""
+        bound_histories(get_event_storage(), self.length)
+
+
+class CountSkippedSamples(HookBase):
+    """Logs the number of images that could not be used as ``skipped_samples``.
+
+    For the main rank. Where training starts anew it removes the list of an earlier run.
+
+    Args:
+        samples: the list that the mappers write.
+        period: iterations from one look to the next.
+    """
+
+    def __init__(self, samples: SkippedSamples, period: int = 20) -> None:
+        self.samples = samples
+        self.period = period
+
+    def before_train(self) -> None:
+        """Forget an earlier run."""
+        if self.trainer.start_iter == 0:
+            self.samples.forget()
+
+    def after_step(self) -> None:
+        """Log the count, once there is something to count."""
+        if (self.trainer.iter + 1) % self.period == 0:
+            count = len(self.samples.read())
+            if count:
+                get_event_storage().put_scalar("skipped_samples", count, smoothing_hint=False)
+
+
+class NameUnreadKeys(HookBase):
+    """Warns after the first step of overrides that nothing has read.
+
+    Args:
+        cfg: the config that the trainer was built from.
+    """
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self.cfg = cfg
+
+    def after_step(self) -> None:
+        """Warn, once."""
+        unread = self.cfg.unread_overrides() if self.trainer.iter == self.trainer.start_iter else ()
+        if unread:
+            logging.getLogger(__name__).warning(
+                "Nothing in this run reads %s: without effect. Are they keys of this model and "
+                "solver, or is what they belong to switched off?",
+                ", ".join(f"{key}={look_up(self.cfg, key)}" for key in unread),
+            )
+
+
+class BestCheckpoint(HookBase):
+    """Keeps the state with the highest value of a metric as ``model_best.pth``.
+
+    Differences from Detectron2's ``BestCheckpointer``: the checkpoint to resume from stays the
+    last one; the iteration saved is that of the last step, also after the final evaluation; and a
+    resumed run remembers the best value.
+
+    Put it behind the hook that evaluates, on the main rank.
+
+    Args:
+        checkpointer: saves.
+        metric: as in ``metrics.json``: "panoptic_seg/PQ", "bbox/AP"; with several test sets their
+            name comes first: "my_val/bbox/AP".
+        eval_period: iterations between two evaluations, ``TEST.EVAL_PERIOD``.
+    """
+
+    def __init__(self, checkpointer: GroupsCheckpointer, metric: str, eval_period: int) -> None:
+        self._checkpointer, self._metric, self._period = checkpointer, metric, eval_period
+        self._best, self._compared = -math.inf, -1
+
+    def before_train(self) -> None:
+        """Read the best value of the run that is resumed."""
+        if self.trainer.start_iter > 0:
+            best = self._checkpointer.read_best()
+            if best.get("metric") == self._metric:
+                self._best = best["value"]
+
+    def after_step(self) -> None:
+        """Compare, if this step ended in an evaluation."""
+        evaluated = self._period > 0 and (self.trainer.iter + 1) % self._period == 0
+        if evaluated and self.trainer.iter + 1 != self.trainer.max_iter:
+            self._compare()
+
+    def after_train(self) -> None:
+        """Compare the final evaluation's value, if training was not broken off."""
+        counted = self.trainer.iter
+        if counted + 1 < self.trainer.max_iter:
+            return
+        # The loop counts one further at its end; the state is that of the last step.
+        self.trainer.iter = self.trainer.max_iter - 1
+        self._compare()
+        self.trainer.iter = counted
+
+    def _compare(self) -> None:
+        latest: dict[str, Any] = self.trainer.storage.latest()
+        value, evaluated = latest.get(self._metric, (math.nan, None))
+        if evaluated is None:
+            known = ", ".join(sorted(name for name in latest if "/AP" in name or "Q" in name))
+            logging.getLogger(__name__).warning(
+                "TEST.BEST_METRIC must be a result of the evaluation, got %s. There are: %s. "
+                "No best checkpoint is kept.",
+                *(self._metric, known or "none"),
+            )
+        elif evaluated != self._compared and value > self._best:
+            self._best, iteration = float(value), self.trainer.iter
+            best = {"metric": self._metric, "value": self._best}
+            self._checkpointer.save(BEST, iteration=iteration, best=best)
+            logging.getLogger(__name__).info(
+                "Best %s so far: %.3f after iteration %d", self._metric, value, iteration
+            )
+        self._compared = evaluated
+
+
+class IsometryHook(HookBase):
+    """Logs A, B, C and K of every unit block as ``isometry/<K>/<layer>``, every few iterations.
+
+    See :mod:`gn_practical.analysis.audit` for what they are. Between these iterations nothing is
+    attached to the model. ``SOLVER.AUDIT_PERIOD`` adds this hook on the main rank.
+
+    Args:
+        period: iterations from one measurement to the next.
+
+    Raises:
+        ValueError: for a period that is no positive integer; when training begins, for a model
+            without group norms.
+
+    Example:
+        >>> hook = IsometryHook(period=100)
+    """
+
+    def __init__(self, period: int) -> None:
+        if not isinstance(period, int) or period < 1:
+            raise ValueError(
+                f"period must be a positive integer, got period={period!r}. Set "
+                "SOLVER.AUDIT_PERIOD to a number of iterations, or 0 for no measurement."
+            )
+        self.period = period
+        self._recorder: BlockRecorder | None = None
+
+    def before_train(self) -> None:
+        """Fail early for a model that has nothing to measure."""
+        BlockRecorder(self._model())
+
+    def before_step(self) -> None:
+        """Attach the recorder where it is time."""
+        if (self.trainer.iter + 1) % self.period == 0:
+            self._recorder = BlockRecorder(self._model(), strict=False)
+            self._recorder.__enter__()
+
+    def after_step(self) -> None:
+        """Detach it and log what it measured, without values that are not finite."""
+        recorder = self._detach()
+        if recorder is None:
+            return
+        storage = get_event_storage()
+        for layer, ratios in recorder.ratios().items():
+            for name, value in ratios.items():
+                if math.isfinite(value):
+                    storage.put_scalar(f"isometry/{name}/{layer}", value, smoothing_hint=False)
+
+    def after_train(self) -> None:
+        """Detach it if a step failed."""
+        self._detach()
+
+    def _detach(self) -> BlockRecorder | None:
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None:
+            recorder.__exit__(None, None, None)
+        return recorder
+
+    def _model(self) -> nn.Module:
+        model = self.trainer.model
+        return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+class PlotCurves(HookBase):
+    """Draws ``curves.png`` from ``metrics.json`` when training ends, however it ends.
+
+    Args:
+        output_dir: folder of both.
+    """
+
+    def __init__(self, output_dir: str) -> None:
+        self.output_dir = output_dir
+
+    def after_train(self) -> None:
+        """Draw; a failure is logged and does not hide what ended the training."""
+        path = os.path.join(self.output_dir, "curves.png")
+        try:
+            plot_metrics(os.path.join(self.output_dir, "metrics.json"), path)
+        except Exception as error:
+            logging.getLogger(__name__).warning("The curves could not be drawn: %s", error)
+        else:
+            logging.getLogger(__name__).info("Curves of losses and metrics: %s", path)

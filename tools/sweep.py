@@ -16,15 +16,45 @@ def parse_args() -> argparse.Namespace:
         "a table of mean and standard deviation, paired differences, and pictures. A finished run "
         "is never run again; one that was interrupted goes on from its last checkpoint.",
         epilog="Examples: python tools/sweep.py --sweep-file configs/sweeps/quickstart.yaml; on "
-        "8 GPUs: python tools/sweep.py --sweep-file configs/sweeps/pfpn.yaml --num-gpus 8",
+        "8 GPUs: python tools/sweep.py --sweep-file configs/sweeps/pfpn.yaml --num-gpus 8; as jobs "
+        "of 8 GPUs on a cluster: the same with --executor slurm --slurm partition=gpu. "
+        "Exit codes: 0 all runs finished, 1 a run failed, 75 stopped by a signal: the same command "
+        "goes on.",
     )
     parser.add_argument("--sweep-file", required=True, metavar="FILE", help="see configs/sweeps")
     parser.add_argument("--output", metavar="DIR", help="(default: output/sweeps/<name of FILE>)")
     parser.add_argument("--seeds", type=_seeds, default=(), help="as 1,2,3, in place of the file's")
     parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="AXIS=LABEL",
+        help="run this setting alone; may be repeated. The table shows all",
+    )
+    parser.add_argument(
         "--jobs", type=int, default=0, help="runs at once (default: all GPUs or cores)"
     )
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs, or CPU processes, of a run")
+    parser.add_argument(
+        "--keep-going",
+        action="store_true",
+        help="start all runs, also after the first three failed for the same reason",
+    )
+    parser.add_argument(
+        "--executor",
+        choices=("local", "slurm", "submitit-local"),
+        default="local",
+        help="this machine (default), a job of SLURM for each run, or these jobs as processes here",
+    )
+    parser.add_argument(
+        "--slurm",
+        action="append",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="any option of sbatch; may be repeated: --slurm partition=gpu --slurm time=12:00:00 "
+        "(default: 24 hours, and a job that is longer comes back in the queue)",
+    )
+    parser.add_argument("--wait", action="store_true", help="for the jobs of SLURM to end")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and do nothing")
     parser.add_argument("--report", action="store_true", help="only the table of what is finished")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of every run")
@@ -32,7 +62,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def _seeds(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers as 1,2,3, got {text!r}") from None
 
 
 def main() -> int:
@@ -47,10 +80,19 @@ def main() -> int:
     output = args.output or f"output/sweeps/{Path(args.sweep_file).stem}"
     with one_clear_error():
         plan = read_plan(args.sweep_file, output, args.opts, args.seeds)
+        chosen = plan.only(args.only)
         if args.dry_run:
-            print(describe(plan, args.num_gpus))
+            print(describe(chosen, args.num_gpus))
             return 0
-        failed = [] if args.report else run_all(plan, output, args.jobs, args.num_gpus)
+        if args.report:
+            failed = []
+        elif args.executor == "local":
+            failed = run_all(chosen, output, args.jobs, args.num_gpus, args.keep_going)
+        else:
+            from gn_practical.training.sweep.cluster import submit_all
+
+            cluster = args.executor.removeprefix("submitit-")
+            failed = submit_all(chosen, output, cluster, args.num_gpus, args.slurm, args.wait)
         print(report(plan, output))
     for run in failed:
         print(f"failed: {run.name}: see {run.folder}/console.log", file=sys.stderr)

@@ -1,13 +1,120 @@
-"""Train or evaluate an image classifier, with the options of train_net."""
+#!/usr/bin/env python
+"""Train or evaluate an image classifier, with the options of tools/train_net.py."""
 
 import os
 
 # Before PyTorch is loaded: threads that wait long for each other stall where a core is taken.
 os.environ.setdefault("GOMP_SPINCOUNT", "50000")
 
-from gn_classification.run import argument_parser, main
+from argparse import ArgumentParser, Namespace
+from typing import Any
 
-from gn_practical.training.engine import launch
+# Before Detectron2: it keeps off the screen what PyTorch says at the sight of that.
+from gn_practical import training
+
+# isort: split
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from gn_classification import (
+    ClassificationEvaluator,
+    add_classification_config,
+    build_test_loader,
+    build_train_loader,
+    check_config,
+    complete_config,
+    open_datasets,
+)
+
+from gn_practical.training import engine
+from gn_practical.training.checkpoint import GroupsCheckpointer
+from gn_practical.training.config import RunConfig, load_cfg
+
+_EPILOG = """
+Examples, in projects/classification:
+
+  The two-layer MLP of the paper's Table 3 on scikit-learn's digits, in seconds, without download:
+    python train_net.py --config-file configs/mlp_digits.yaml
+
+  The same on MNIST with 64 groups; data sets lie in DETECTRON2_DATASETS or are downloaded there:
+    python train_net.py --config-file configs/mlp_mnist.yaml --download MODEL.PGN.NUM_GROUPS 64
+
+  ResNet-56 on CIFAR-10 with batch norm; LN, IN, GN and PGN likewise:
+    python train_net.py --config-file configs/resnet56_cifar10.yaml --download \\
+        CLASSIFICATION.NORM BN
+
+  Your own images, in my/{train,val}/<class>/ or my/<class>/:
+    python train_net.py --config-file configs/resnet50_pet.yaml \\
+        CLASSIFICATION.IMAGE_FOLDERS '[("my", "my")]' CLASSIFICATION.NUM_CLASSES 0 \\
+        DATASETS.TRAIN '("my_train",)' DATASETS.TEST '("my_val",)'
+
+Results go to OUTPUT_DIR: results.json (errors in percent), metrics.json, curves.png,
+num_groups.json, checkpoints and TensorBoard's events.
+"""
+
+
+class Trainer(training.Trainer):
+    """The package's ``Trainer`` with batches of labelled images and their errors.
+
+    Args:
+        cfg: a complete config, as :func:`setup` returns it.
+    """
+
+    build_train_loader = staticmethod(build_train_loader)
+    build_test_loader = staticmethod(build_test_loader)
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: RunConfig, dataset_name: str, output_folder: str | None = None
+    ) -> ClassificationEvaluator:
+        """Return what counts errors."""
+        return ClassificationEvaluator()
+
+
+def argument_parser() -> ArgumentParser:
+    """Return the detectors' parser with ``--download`` and examples of classification."""
+    parser = engine.argument_parser()
+    parser.description = "Train or evaluate an image classifier."
+    parser.epilog = _EPILOG
+    parser.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch torchvision's data sets that are missing to DETECTRON2_DATASETS",
+    )
+    return parser
+
+
+def setup(args: Namespace) -> RunConfig:
+    """Read the config, open the data, set up folder and logs, and check all that is known."""
+    cfg = load_cfg(
+        args.config_file,
+        args.opts,
+        trusted=args.trust_config,
+        add_config=add_classification_config,
+    )
+    check_config(cfg, args.eval_only)
+    datasets = open_datasets(cfg, args.eval_only, args.download)
+    cfg = complete_config(cfg, datasets, args.eval_only)
+    engine.default_setup(cfg, args)
+    engine.check_run(cfg, args.eval_only, args.resume)
+    return cfg
+
+
+def main(args: Namespace) -> dict[str, Any] | None:
+    """Train, or evaluate with ``--eval-only``, on this rank."""
+    cfg = setup(args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = GroupsCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
 
 if __name__ == "__main__":
-    launch(main, argument_parser().parse_args())
+    engine.launch(main, argument_parser().parse_args())

@@ -15,8 +15,8 @@ def parse_args() -> argparse.Namespace:
         description="Measured variance ratios of the gradient over a unit block (weight layer, "
         "group normalization, ReLU): A over the weight layer, B over the norm, C over ReLU, D over "
         "the block, with standard errors, beside Eqs. of the paper and the exact value.",
-        epilog="L = Σ v·z with random v. See paper_tables/unit_block.py for what is "
-        "sampled, and docs/theory.md for the results.",
+        epilog="L = Σ v·z with random v. paper_tables/unit_block.py says what is sampled, "
+        "docs/theory.md what came out.",
     )
     grids = parser.add_mutually_exclusive_group()
     grids.add_argument(
@@ -67,7 +67,9 @@ def main() -> None:
     """Print the table, and save it where asked."""
     args = parse_args()
     # After parsing: importing torch takes seconds, and --help should not.
-    from gn_practical.analysis import check_output, format_rows, save_rows, table1
+    from paper_tables import table1
+
+    from gn_practical.analysis import check_output, format_rows, save_rows
 
     if args.output:
         check_output(args.output)

@@ -10,11 +10,16 @@ from matplotlib.figure import Figure
 
 from gn_practical.training.evaluation.curves import read_metrics, smooth
 from gn_practical.training.sweep.plan import Plan, Run
-from gn_practical.training.sweep.runner import is_finished
 from gn_practical.training.sweep.summary import Cell, Row
+from gn_practical.training.sweep.task import is_finished
 
 _MOST_CURVES = 20
 _LARGE_RANGE = 20
+_UNITS = (  # by the end of a metric's name
+    (r"(error|/AP\w*|/PQ\w*|/SQ\w*|/RQ\w*|/mIoU|/fwIoU|ACC)$", ", %"),
+    (r"cross_entropy$", ", nats"),
+    (r"^train_loss$", ": mean of the last 5 % of the iterations"),
+)
 
 
 def draw_pictures(plan: Plan, rows: list[Row], output: str) -> list[str]:
@@ -33,10 +38,9 @@ def draw_pictures(plan: Plan, rows: list[Row], output: str) -> list[str]:
         paths.append(os.path.join(output, "curves.png"))
         _draw_curves(plan, paths[-1])
     for picture in plan.pictures:
-        x, y, lines = picture["x"], picture["y"], picture.get("lines", "")
-        name = re.sub(r"\W+", "_", f"{y}_against_{x}")
+        name = re.sub(r"\W+", "_", f"{picture['y']}_against_{picture['x']}")
         paths.append(os.path.join(output, f"{name}.png"))
-        _draw_axis(rows, plan.axes[x], x, y, lines, paths[-1])
+        _draw_axis(plan, rows, picture, paths[-1])
     return paths
 
 
@@ -51,11 +55,13 @@ def _draw_curves(plan: Plan, path: str) -> None:
         axes = figure.add_subplot(1, len(wanted), index + 1)
         for number, (label, runs) in enumerate(list(by_setting.items())[:_MOST_CURVES]):
             _draw_band(axes, _curves(runs, name), label, f"C{number}")
-        axes.set(xlabel="iteration", title=name)
+        axes.set(xlabel="iteration", ylabel=_label(plan, name))
         _scale(axes)
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend(fontsize="small", title=", ".join(plan.axes))
+            axes.legend(fontsize="small", title=", ".join(plan.labels.get(a, a) for a in plan.axes))
+    seeds = _seeds([len(runs) for runs in by_setting.values()])
+    figure.suptitle(f"Mean of {seeds}, smoothed; band: smallest to largest", fontsize="medium")
     figure.savefig(path, dpi=110)
 
 
@@ -79,14 +85,15 @@ def _draw_band(
     axes.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, linewidth=0)
 
 
-def _draw_axis(rows: list[Row], labels: list[str], x: str, y: str, lines: str, path: str) -> None:
+def _draw_axis(plan: Plan, rows: list[Row], picture: dict[str, str], path: str) -> None:
     """One metric against one axis, mean and standard deviation, a line for each other setting."""
+    x, y, lines = picture["x"], picture["y"], picture.get("lines", "")
+    labels = plan.axes[x]
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.add_subplot()
-    others = list(dict.fromkeys(row.setting.get(lines, "") for row in rows))
     numeric = all(_is_number(label) for label in labels)
     place: Callable[[str], float] = float if numeric else lambda label: float(labels.index(label))
-    for other in others:
+    for other in dict.fromkeys(row.setting.get(lines, "") for row in rows):
         chosen = [row for row in rows if row.setting.get(lines, "") == other]
         cells: list[Cell] = [row.cells[y] for row in chosen]
         position = [place(row.setting[x]) for row in chosen]
@@ -97,12 +104,27 @@ def _draw_axis(rows: list[Row], labels: list[str], x: str, y: str, lines: str, p
         axes.set_xscale("log", base=2)
     axes.set_xticks([place(label) for label in labels], labels)
     axes.minorticks_off()
-    axes.set(xlabel=x, ylabel=y)
+    seeds = _seeds([len(row.cells[y].by_seed) for row in rows])
+    axes.set(xlabel=plan.labels.get(x, x), ylabel=_label(plan, y))
+    axes.set_title(f"Mean of {seeds}; bars: ± one standard deviation", fontsize="medium")
     _scale(axes)
     axes.grid(alpha=0.3)
     if lines:
-        axes.legend(title=lines)
+        axes.legend(title=plan.labels.get(lines, lines))
     figure.savefig(path, dpi=110)
+
+
+def _label(plan: Plan, metric: str) -> str:
+    """The metric's name with its unit."""
+    name = plan.labels.get(metric)
+    unit = next((unit for pattern, unit in _UNITS if re.search(pattern, metric)), "")
+    return name or metric + unit
+
+
+def _seeds(counts: list[int]) -> str:
+    """Say how many runs a mean is of: "3 seeds", or "2 to 3 seeds" where some are missing."""
+    low, high = min(counts), max(counts)
+    return f"{high} seed{'s' * (high != 1)}" if low == high else f"{low} to {high} seeds"
 
 
 def _scale(axes: Axes) -> None:

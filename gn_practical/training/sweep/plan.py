@@ -4,7 +4,7 @@ import itertools
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -12,7 +12,7 @@ import yaml
 from gn_practical.training.config.overrides import override_pairs
 
 _REQUIRED = ("tool", "config", "axes", "seeds", "metrics")
-_OPTIONAL = ("overrides", "baseline", "pictures")
+_OPTIONAL = ("overrides", "baseline", "pictures", "labels")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,26 @@ class Plan:
     metrics: list[str]
     baseline: dict[str, str]
     pictures: list[dict[str, str]]
+    labels: dict[str, str]
     runs: list[Run]
+
+    def only(self, words: Sequence[str]) -> "Plan":
+        """Return the plan with those runs alone whose settings are named.
+
+        Args:
+            words: "axis=label"; several of one axis are all taken, an axis that none names whole.
+
+        Raises:
+            ValueError: for an axis or a label that there is not.
+        """
+        chosen: dict[str, set[str]] = {}
+        for word in words:
+            axis, _, label = word.partition("=")
+            _check_axis(self, "--only", axis)
+            _check_label(self, "--only", axis, label)
+            chosen.setdefault(axis, set()).add(label)
+        runs = [run for run in self.runs if all(run.setting[a] in chosen[a] for a in chosen)]
+        return replace(self, runs=runs)
 
 
 def read_plan(path: str, output: str, opts: Sequence[str] = (), seeds: Sequence[int] = ()) -> Plan:
@@ -65,7 +84,8 @@ def read_plan(path: str, output: str, opts: Sequence[str] = (), seeds: Sequence[
             - ``seeds``: [1, 2, 3];
             - ``metrics``: names in a run's ``results.json``, as "bbox/AP", or "train_loss";
             - ``baseline``: {axis: label}, the settings that others are compared with (optional);
-            - ``pictures``: [{x: axis, y: metric, lines: axis}] (optional, ``lines`` too).
+            - ``pictures``: [{x: axis, y: metric, lines: axis}] (optional, ``lines`` too);
+            - ``labels``: {axis or metric: text at the axes of pictures, with its unit} (optional).
         output: the folder of the sweep; each run has its own below it.
         opts: ``KEY``, ``VALUE`` in turn for every run, after those of the file.
         seeds: in place of the file's.
@@ -97,6 +117,7 @@ def read_plan(path: str, output: str, opts: Sequence[str] = (), seeds: Sequence[
         metrics=content["metrics"],
         baseline={k: str(v) for k, v in content.get("baseline", {}).items()},
         pictures=content.get("pictures", []),
+        labels=content.get("labels", {}),
         runs=runs,
     )
     _check(plan)
@@ -171,10 +192,10 @@ def _check(plan: Plan) -> None:
             _check_axis(plan, key, picture[key])
     for axis, label in plan.baseline.items():
         _check_axis(plan, "baseline", axis)
-        if label not in plan.axes[axis]:
-            raise ValueError(
-                f"baseline must be a label of axis {axis}, {plan.axes[axis]}, got {label}."
-            )
+        _check_label(plan, "baseline", axis, label)
+    for name in plan.labels:
+        if name not in plan.metrics:
+            _check_axis(plan, "a label", name)
     folders = [run.folder for run in plan.runs]
     if len(set(folders)) != len(folders):
         raise ValueError(
@@ -186,3 +207,8 @@ def _check(plan: Plan) -> None:
 def _check_axis(plan: Plan, what: str, axis: str) -> None:
     if axis not in plan.axes:
         raise ValueError(f"{what} must name an axis of {list(plan.axes)}, got {axis}.")
+
+
+def _check_label(plan: Plan, what: str, axis: str, label: str) -> None:
+    if label not in plan.axes[axis]:
+        raise ValueError(f"{what} must be a label of axis {axis}, {plan.axes[axis]}, got {label}.")

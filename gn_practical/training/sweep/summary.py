@@ -16,7 +16,7 @@ from tabulate import tabulate
 from gn_practical.training.evaluation.curves import read_metrics
 from gn_practical.training.evaluation.results import write_results
 from gn_practical.training.sweep.plan import Plan, Run
-from gn_practical.training.sweep.runner import is_finished, read_record
+from gn_practical.training.sweep.task import is_finished, read_record
 
 _LAST = 0.05  # share of the schedule over which the training loss is averaged
 

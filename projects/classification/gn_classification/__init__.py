@@ -1,7 +1,6 @@
-"""The paper's and the group-norm report's classification experiments.
+"""The paper's and the group-norm report's classification experiments; train_net.py runs them.
 
-Importing the package registers the models. Their training is in
-:mod:`gn_classification.run`, which ``projects/classification/train_net.py`` calls.
+Importing the package registers the models.
 """
 
 from gn_classification.backbones import (
@@ -10,12 +9,25 @@ from gn_classification.backbones import (
     build_mlp_backbone,
     build_torchvision_resnet_backbone,
 )
-from gn_classification.classifier import ImageClassifier
+from gn_classification.classifier import Batch, ImageClassifier
+from gn_classification.config import add_classification_config, check_config, complete_config
+from gn_classification.datasets import open_dataset, open_datasets
+from gn_classification.evaluation import ClassificationEvaluator
+from gn_classification.loaders import build_test_loader, build_train_loader
 
 __all__ = [
     "MLP",
+    "Batch",
+    "ClassificationEvaluator",
     "ImageClassifier",
+    "add_classification_config",
     "build_cifar_resnet_backbone",
     "build_mlp_backbone",
+    "build_test_loader",
     "build_torchvision_resnet_backbone",
+    "build_train_loader",
+    "check_config",
+    "complete_config",
+    "open_dataset",
+    "open_datasets",
 ]

@@ -10,8 +10,9 @@ from detectron2.modeling.backbone.resnet import BasicBlock, ResNet
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 
-# Norms that are group norms with a number of groups of their own; bind_model gives it to them.
-_GROUP_NORMS = ("LN", "IN", "GN", "PGN")
+# What get_norm calls the norms that are named otherwise here: its own "LN" normalizes each pixel by
+# itself, and its "GN" has 32 groups; "PGN" has MODEL.PGN.NUM_GROUPS where they are given.
+_NAMES = {"LN": "LN1", "GN": "PGN"}
 _TORCHVISION_DEPTHS = (18, 34, 50, 101, 152)
 
 
@@ -114,10 +115,10 @@ class TorchvisionResNet(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_mlp_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> MLP:
-    """Build the MLP of ``MODEL.CLASSIFIER.HIDDEN`` units for images of ``INPUT.IMAGE_SIZE``.
+    """Build the MLP of ``CLASSIFICATION.HIDDEN`` units for images of ``CLASSIFICATION.IMAGE_SIZE``.
 
     Args:
-        cfg: config with the keys of :func:`gn_practical.add_pgn_config`.
+        cfg: config with the keys of :func:`add_classification_config`.
         input_shape: channels of the images.
     """
     norm = _norm(cfg)
@@ -125,13 +126,13 @@ def build_mlp_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> MLP:
     def layer(channels: int) -> nn.Module | None:  # Detectron2's BN takes feature maps alone
         return nn.BatchNorm1d(channels) if norm == "BN" else get_norm(norm, channels)
 
-    in_features = input_shape.channels * cfg.INPUT.IMAGE_SIZE**2
-    return MLP(in_features, cfg.MODEL.CLASSIFIER.HIDDEN, layer)
+    in_features = input_shape.channels * cfg.CLASSIFICATION.IMAGE_SIZE**2
+    return MLP(in_features, cfg.CLASSIFICATION.HIDDEN, layer)
 
 
 @BACKBONE_REGISTRY.register()
 def build_cifar_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """Build the ResNet for CIFAR of ``MODEL.CLASSIFIER.DEPTH`` = 6n + 2 layers, such as 56.
+    """Build the ResNet for CIFAR of ``CLASSIFICATION.DEPTH`` = 6n + 2 layers, such as 56.
 
     Three stages of n blocks with 16, 32 and 64 channels (He et al. 2015, Section 4.2) and He's
     initialization; the last norm of each block begins at zero.
@@ -140,18 +141,18 @@ def build_cifar_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     convolution with a norm, as in their ImageNet models; not option A, padding with zeros.
 
     Args:
-        cfg: config with the keys of :func:`gn_practical.add_pgn_config`.
+        cfg: config with the keys of :func:`add_classification_config`.
         input_shape: channels of the images.
 
     Raises:
         ValueError: for a depth that is not 6n + 2.
     """
-    depth, norm = cfg.MODEL.CLASSIFIER.DEPTH, _norm(cfg)
+    depth, norm = cfg.CLASSIFICATION.DEPTH, _norm(cfg)
     num_blocks, rest = divmod(depth - 2, 6)
     if rest or num_blocks < 1:
         raise ValueError(
-            "MODEL.CLASSIFIER.DEPTH must be 6n + 2 for a ResNet for CIFAR, got "
-            f"MODEL.CLASSIFIER.DEPTH={depth}. Choose 20, 32, 44, 56 or 110."
+            "CLASSIFICATION.DEPTH must be 6n + 2 for a ResNet for CIFAR, got "
+            f"CLASSIFICATION.DEPTH={depth}. Choose 20, 32, 44, 56 or 110."
         )
     stages, in_channels = [], 16
     for stride, channels in ((1, 16), (2, 32), (2, 64)):
@@ -174,20 +175,20 @@ def build_cifar_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 
 @BACKBONE_REGISTRY.register()
 def build_torchvision_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TorchvisionResNet:
-    """Build torchvision's ResNet of ``MODEL.CLASSIFIER.DEPTH`` layers.
+    """Build torchvision's ResNet of ``CLASSIFICATION.DEPTH`` layers.
 
     Args:
-        cfg: config with the keys of :func:`gn_practical.add_pgn_config`.
+        cfg: config with the keys of :func:`add_classification_config`.
         input_shape: must have three channels.
 
     Raises:
         ValueError: for a depth that torchvision does not have, or images of other channels.
     """
-    depth = cfg.MODEL.CLASSIFIER.DEPTH
+    depth = cfg.CLASSIFICATION.DEPTH
     if depth not in _TORCHVISION_DEPTHS:
         raise ValueError(
-            f"MODEL.CLASSIFIER.DEPTH must be one of torchvision's {_TORCHVISION_DEPTHS}, got "
-            f"MODEL.CLASSIFIER.DEPTH={depth}. Correct the value."
+            f"CLASSIFICATION.DEPTH must be one of torchvision's {_TORCHVISION_DEPTHS}, got "
+            f"CLASSIFICATION.DEPTH={depth}. Correct the value."
         )
     if input_shape.channels != 3:
         raise ValueError(
@@ -198,6 +199,11 @@ def build_torchvision_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> T
 
 
 def _norm(cfg: CfgNode) -> str:
-    """The norm as ``get_norm`` knows it; its "LN" normalizes each pixel by itself, ours a map."""
-    norm = cfg.MODEL.CLASSIFIER.NORM
-    return "PGN" if norm in _GROUP_NORMS else norm
+    """The norm as ``get_norm`` knows it."""
+    norm = cfg.CLASSIFICATION.NORM
+    if norm == "GN" and not cfg.MODEL.PGN.NUM_GROUPS:
+        raise ValueError(
+            "MODEL.PGN.NUM_GROUPS must be given for CLASSIFICATION.NORM=GN, got "
+            "MODEL.PGN.NUM_GROUPS=0. Add MODEL.PGN.NUM_GROUPS 8, or take CLASSIFICATION.NORM PGN."
+        )
+    return _NAMES.get(norm, norm)

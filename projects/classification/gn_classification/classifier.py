@@ -37,8 +37,8 @@ class ImageClassifier(nn.Module):
     Any backbone of Detectron2's registry will do; the last of its features is taken.
 
     Args:
-        cfg: config with the keys of :func:`gn_practical.add_pgn_config`: ``MODEL.BACKBONE.NAME``,
-            ``MODEL.CLASSIFIER``, ``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD``.
+        cfg: config with ``CLASSIFICATION``, ``MODEL.BACKBONE.NAME``, ``MODEL.PIXEL_MEAN`` and
+            ``MODEL.PIXEL_STD``.
 
     Shape:
         - Input: a :class:`Batch` of N images.
@@ -57,7 +57,7 @@ class ImageClassifier(nn.Module):
         >>> cfg.MODEL.META_ARCHITECTURE = "ImageClassifier"
         >>> cfg.MODEL.BACKBONE.NAME = "build_mlp_backbone"
         >>> cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [77.9], [95.9]
-        >>> cfg.MODEL.CLASSIFIER.NUM_CLASSES, cfg.INPUT.IMAGE_SIZE = 10, 8
+        >>> cfg.CLASSIFICATION.NUM_CLASSES, cfg.CLASSIFICATION.IMAGE_SIZE = 10, 8
         >>> cfg.MODEL.DEVICE = "cpu"
         >>> model = build_model(cfg).eval()
         >>> images = torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8)
@@ -67,11 +67,11 @@ class ImageClassifier(nn.Module):
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
-        num_classes = cfg.MODEL.CLASSIFIER.NUM_CLASSES
+        num_classes = cfg.CLASSIFICATION.NUM_CLASSES
         if num_classes < 1:
             raise ValueError(
-                "MODEL.CLASSIFIER.NUM_CLASSES must be known before a model is built, got "
-                f"MODEL.CLASSIFIER.NUM_CLASSES={num_classes}. Set it to that of the data set."
+                "CLASSIFICATION.NUM_CLASSES must be known before a model is built, got "
+                f"CLASSIFICATION.NUM_CLASSES={num_classes}. Set it to that of the data set."
             )
         mean, std = (torch.tensor(cfg.MODEL[key]) for key in ("PIXEL_MEAN", "PIXEL_STD"))
         self.register_buffer("pixel_mean", mean.view(-1, 1, 1), persistent=False)

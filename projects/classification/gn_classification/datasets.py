@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import datasets as tv
@@ -86,12 +87,12 @@ def open_dataset(cfg: CfgNode, name: str, download: bool = False) -> LabelledIma
 
     Known are "digits" (scikit-learn's, no files), "mnist", "cifar10", "pet" (Oxford-IIIT Pet, its
     trainval and test sets) and "caltech101", in torchvision's folders under the environment
-    variable ``DETECTRON2_DATASETS``, and those of ``DATASETS.IMAGE_FOLDERS``. Digits, Caltech-101
-    and a folder without ``val`` are split class by class, ``DATASETS.VAL_FRACTION`` of each to
+    variable ``DETECTRON2_DATASETS``, and those of ``CLASSIFICATION.IMAGE_FOLDERS``. Digits,
+    Caltech-101 and a folder without ``val`` are split class by class, ``VAL_FRACTION`` of each to
     val, at random but the same in every run.
 
     Args:
-        cfg: config with the keys of :func:`gn_practical.add_pgn_config`.
+        cfg: config with the keys of ``add_classification_config``.
         name: of the split.
         download: fetch what is missing, through torchvision.
 
@@ -109,10 +110,10 @@ def open_dataset(cfg: CfgNode, name: str, download: bool = False) -> LabelledIma
         (1438, 359)
     """
     dataset, _, split = name.rpartition("_")
-    folders = dict(cfg.DATASETS.IMAGE_FOLDERS)
+    folders = dict(cfg.CLASSIFICATION.IMAGE_FOLDERS)
     if split not in _SPLITS or dataset not in (*folders, *_KNOWN):
         raise _unknown(name, [*folders, *_KNOWN])
-    fraction = cfg.DATASETS.VAL_FRACTION
+    fraction = cfg.CLASSIFICATION.VAL_FRACTION
     if dataset in folders:
         return _open_folder(dataset, folders[dataset], split, fraction)
     if dataset == "digits":
@@ -126,13 +127,35 @@ def open_dataset(cfg: CfgNode, name: str, download: bool = False) -> LabelledIma
         raise DatasetError(f"{_missing(name)} ({error})") from error
 
 
+def open_datasets(
+    cfg: CfgNode, eval_only: bool = False, download: bool = False
+) -> dict[str, LabelledImages]:
+    """Open the data sets of a run by name, the training set first; every rank must call it.
+
+    Args:
+        cfg: as for :func:`open_dataset`.
+        eval_only: those to evaluate on alone.
+        download: fetch what is missing, on one rank of each machine.
+
+    Raises:
+        DatasetError: as :func:`open_dataset`.
+    """
+    names = cfg.DATASETS.TEST if eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    if download:
+        if comm.get_local_rank() == 0:
+            for name in names:
+                open_dataset(cfg, name, download=True)
+        comm.synchronize()
+    return {name: open_dataset(cfg, name) for name in names}
+
+
 def _unknown(name: str, known: Sequence[str]) -> DatasetError:
     names = [f"{dataset}_{split}" for dataset in known for split in _SPLITS]
     near = difflib.get_close_matches(name, names, n=2)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return DatasetError(
         f"A data set must be one of {', '.join(names)}, got {name!r}.{hint} A folder of your own "
-        "is named by DATASETS.IMAGE_FOLDERS."
+        "is named by CLASSIFICATION.IMAGE_FOLDERS."
     )
 
 
@@ -166,7 +189,7 @@ def _open_folder(name: str, root: str, split: str, fraction: float) -> LabelledI
     root = os.path.expanduser(root)
     if not os.path.isdir(root):
         raise DatasetError(
-            f"Folder {name!r} of DATASETS.IMAGE_FOLDERS must exist, got "
+            f"Folder {name!r} of CLASSIFICATION.IMAGE_FOLDERS must exist, got "
             f"{os.path.abspath(root)}. Correct the path."
         )
     present = [folder for folder in _VAL_FOLDERS if os.path.isdir(os.path.join(root, folder))]
@@ -190,7 +213,7 @@ def _split(
     """Take ``fraction`` of each class, at least one image, for val and the rest for train."""
     if not 0 < fraction < 1:
         raise DatasetError(
-            "DATASETS.VAL_FRACTION must be between 0 and 1, got DATASETS.VAL_FRACTION="
+            "CLASSIFICATION.VAL_FRACTION must be between 0 and 1, got CLASSIFICATION.VAL_FRACTION="
             f"{fraction}. Set it to the share of images to evaluate on."
         )
     generator = torch.Generator().manual_seed(_SPLIT_SEED)

@@ -1,11 +1,11 @@
 """Batches of images: from memory, or from files as they are needed."""
 
-import os
 import random
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import joblib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class ImagesInMemory:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, indices: Tensor) -> Batch:
+    def __getitem__(self, indices: Tensor) -> Batch:
         """Return the images of these indices."""
         on_device = indices.to(self.images.device)
         return Batch(self.images[on_device], self.labels[on_device], indices)
@@ -114,7 +114,7 @@ class MemoryTrainLoader(TrainBatches):
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            batch = self.dataset.batch(self.indices(self.iteration))
+            batch = self.dataset[self.indices(self.iteration)]
             if self.augmentation == "crop_flip":
                 generator = _generator(self.seed, self.iteration, self.rank)
                 batch.images = crop_flip(batch.images, generator)
@@ -178,61 +178,55 @@ class FileImages(Dataset):
             return self.transform(image), label, index
 
 
-class MemoryTestLoader:
-    """Batches of an evaluation from memory.
-
-    Args:
-        dataset: the images.
-        batches: indices of each batch.
-    """
-
-    def __init__(self, dataset: ImagesInMemory, batches: list[Tensor]) -> None:
-        self.dataset, self.batches = dataset, batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return (self.dataset.batch(indices) for indices in self.batches)
-
-
 def build_train_loader(cfg: CfgNode) -> TrainBatches:
     """Return the training batches of a config.
 
     Args:
-        cfg: ``DATASETS.TRAIN`` and ``IN_MEMORY``, ``INPUT``, ``DATALOADER.NUM_WORKERS``,
+        cfg: complete; ``CLASSIFICATION``, ``DATASETS.TRAIN``, ``DATALOADER.NUM_WORKERS``,
             ``SOLVER.IMS_PER_BATCH`` and ``SEED`` are read.
+
+    Raises:
+        ValueError: for a config whose epochs have not been turned into iterations.
     """
-    (name,) = cfg.DATASETS.TRAIN
+    own, (name,) = cfg.CLASSIFICATION, cfg.DATASETS.TRAIN
+    for key in ("EPOCHS", "STEP_FRACTIONS", "REFERENCE_BATCH"):
+        if own[key]:
+            raise ValueError(
+                f"CLASSIFICATION.{key} must be turned into iterations before training, got "
+                f"CLASSIFICATION.{key}={own[key]}. Call gn_classification.complete_config."
+            )
     batches = {
         "batch_size": cfg.SOLVER.IMS_PER_BATCH,
         "seed": run_seed(cfg),
         "rank": comm.get_rank(),
         "num_ranks": comm.get_world_size(),
     }
-    if cfg.DATASETS.IN_MEMORY:
-        return MemoryTrainLoader(load_images(cfg, name), cfg.INPUT.AUGMENTATION, **batches)
-    images = FileImages(open_dataset(cfg, name), _train_transform(cfg))
-    return FileTrainLoader(images, cfg.DATALOADER.NUM_WORKERS, **batches)
+    if own.IN_MEMORY:
+        return MemoryTrainLoader(load_images(cfg, name), own.AUGMENTATION, **batches)
+    files = FileImages(open_dataset(cfg, name), _train_transform(cfg))
+    return FileTrainLoader(files, cfg.DATALOADER.NUM_WORKERS, **batches)
 
 
-def build_test_loader(cfg: CfgNode, name: str) -> MemoryTestLoader | DataLoader:
+def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:
     """Return the batches of an evaluation: all images once, a contiguous share for each rank.
 
     Batches differ by one image in size at most, so that none holds a single one of many, which
     PyTorch's norms refuse where a group is one value.
 
     Args:
-        cfg: as for :func:`build_train_loader`, with ``TEST.IMS_PER_BATCH`` for one rank.
+        cfg: as for :func:`build_train_loader`, with ``CLASSIFICATION.IMS_PER_BATCH_TEST`` for one
+            rank.
         name: of the data set.
     """
-    if cfg.DATASETS.IN_MEMORY:
-        dataset = load_images(cfg, name)
-        return MemoryTestLoader(dataset, _batches_of_rank(len(dataset), cfg.TEST.IMS_PER_BATCH))
-    dataset = FileImages(open_dataset(cfg, name), _test_transform(cfg))
-    batches = _batches_of_rank(len(dataset), cfg.TEST.IMS_PER_BATCH)
+    batch_size = cfg.CLASSIFICATION.IMS_PER_BATCH_TEST
+    if cfg.CLASSIFICATION.IN_MEMORY:
+        images = load_images(cfg, name)
+        batches = _batches_of_rank(len(images), batch_size)
+        return DataLoader(images, batch_size=None, sampler=batches, collate_fn=lambda batch: batch)
+    files = FileImages(open_dataset(cfg, name), _test_transform(cfg))
+    batches = _batches_of_rank(len(files), batch_size)
     return DataLoader(
-        dataset,
+        files,
         batch_sampler=[[(index, ()) for index in batch.tolist()] for batch in batches],
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=_collate,
@@ -247,24 +241,23 @@ def _batches_of_rank(size: int, batch_size: int) -> list[Tensor]:
 def load_images(cfg: CfgNode, name: str) -> ImagesInMemory:
     """Load a split of a data set into memory, once in a process.
 
-    Images are scaled to ``INPUT.IMAGE_SIZE`` squared where they differ, and made gray or RGB as
-    ``MODEL.PIXEL_MEAN`` has one or three values.
+    Images are scaled to ``CLASSIFICATION.IMAGE_SIZE`` squared where they differ, and made gray or
+    RGB as ``MODEL.PIXEL_MEAN`` has one or three values.
 
     Args:
         cfg: config of the run.
         name: of the split, see :func:`gn_classification.datasets.open_dataset`.
     """
-    key = (name, cfg.INPUT.IMAGE_SIZE, len(cfg.MODEL.PIXEL_MEAN), cfg.MODEL.DEVICE)
-    key += (str(cfg.DATASETS.IMAGE_FOLDERS), cfg.DATASETS.VAL_FRACTION)
+    key = (name, cfg.CLASSIFICATION.IMAGE_SIZE, len(cfg.MODEL.PIXEL_MEAN), cfg.MODEL.DEVICE)
+    key += (str(cfg.CLASSIFICATION.IMAGE_FOLDERS), cfg.CLASSIFICATION.VAL_FRACTION)
     if key not in _LOADED:
-        dataset = open_dataset(cfg, name)
+        dataset, (_, size, channels, device, *_) = open_dataset(cfg, name), key
         arrays = dataset.arrays()
         if arrays is None:
-            arrays = _decode(dataset, name, cfg.INPUT.IMAGE_SIZE, len(cfg.MODEL.PIXEL_MEAN))
+            images, labels = _decode(dataset, name, size, channels)
         else:
-            arrays = _fit(arrays[0], *key[1:3]), arrays[1]
-        images, labels = (array.to(cfg.MODEL.DEVICE) for array in arrays)
-        _LOADED[key] = ImagesInMemory(images, labels, dataset.classes)
+            images, labels = _fit(arrays[0], size, channels), arrays[1]
+        _LOADED[key] = ImagesInMemory(images.to(device), labels.to(device), dataset.classes)
     return _LOADED[key]
 
 
@@ -296,15 +289,10 @@ def _decode(dataset: LabelledImages, name: str, size: int, channels: int) -> tup
             image = image.resize((size, size), Image.Resampling.BICUBIC)
         images[index] = torch.from_numpy(np.array(image)).view(size, size, -1).permute(2, 0, 1)
 
-    progress = {
-        "desc": f"reading {name}",
-        "total": len(dataset),
-        "unit": "images",
-        "mininterval": 1,
-    }
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    bar = {"desc": f"reading {name}", "total": len(dataset), "mininterval": 1, "delay": 1}
+    with ThreadPoolExecutor(joblib.cpu_count()) as pool:
         done = pool.map(decode, range(len(dataset)))
-        for _ in tqdm(done, **progress, disable=not comm.is_main_process(), delay=1):
+        for _ in tqdm(done, **bar, disable=not comm.is_main_process()):
             pass
     return images, labels
 
@@ -334,23 +322,24 @@ def crop_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> T
 
 
 def _train_transform(cfg: CfgNode) -> v2.Transform:
-    size = cfg.INPUT.IMAGE_SIZE
-    if cfg.INPUT.AUGMENTATION == "resized_crop":
-        first = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
-    elif cfg.INPUT.AUGMENTATION == "crop_flip":
-        first = [v2.Resize([size, size]), v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()]
-    else:
-        first = [v2.Resize([size, size])]
-    return v2.Compose([_to_channels(cfg), *first, v2.PILToTensor()])
+    size = cfg.CLASSIFICATION.IMAGE_SIZE
+    augmentations = {
+        "none": [v2.Resize([size, size])],
+        "crop_flip": [
+            *(v2.Resize([size, size]), v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip())
+        ],
+        "resized_crop": [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()],
+    }
+    chosen = augmentations[cfg.CLASSIFICATION.AUGMENTATION]
+    return v2.Compose([_to_channels(cfg), *chosen, v2.PILToTensor()])
 
 
 def _test_transform(cfg: CfgNode) -> v2.Transform:
-    size = cfg.INPUT.IMAGE_SIZE
-    if cfg.INPUT.AUGMENTATION == "resized_crop":
-        first = [v2.Resize(round(size / _EVAL_CROP)), v2.CenterCrop(size)]
-    else:
-        first = [v2.Resize([size, size])]
-    return v2.Compose([_to_channels(cfg), *first, v2.PILToTensor()])
+    size = cfg.CLASSIFICATION.IMAGE_SIZE
+    resize = [v2.Resize([size, size])]
+    if cfg.CLASSIFICATION.AUGMENTATION == "resized_crop":
+        resize = [v2.Resize(round(size / _EVAL_CROP)), v2.CenterCrop(size)]
+    return v2.Compose([_to_channels(cfg), *resize, v2.PILToTensor()])
 
 
 def _to_channels(cfg: CfgNode) -> v2.Transform:

@@ -62,7 +62,7 @@ def write_images(folder, count, size=(12, 10), first=0):
 def folder_of_classes(root, counts=(("cat", 10), ("dog", 5))):
     for number, (name, count) in enumerate(counts):
         write_images(root / name, count, first=100 * number)
-    return config(DATASETS__IMAGE_FOLDERS=(("my", str(root)),), INPUT__IMAGE_SIZE=8)
+    return config(CLASSIFICATION__IMAGE_FOLDERS=(("my", str(root)),), CLASSIFICATION__IMAGE_SIZE=8)
 
 
 # Data sets ---------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def test_a_tree_without_val_is_split_by_class_and_always_alike(tmp_path):
     assert sorted((*train.indices, *val.indices)) == list(range(15))
     assert open_dataset(cfg, "my_val").indices == val.indices
     assert train.classes == ["cat", "dog"]
-    cfg.DATASETS.VAL_FRACTION = 0.5
+    cfg.CLASSIFICATION.VAL_FRACTION = 0.5
     assert len(open_dataset(cfg, "my_val")) == 5 + 2
 
 
@@ -86,7 +86,7 @@ def test_a_tree_with_train_and_val(tmp_path, val):
     write_images(tmp_path / "train/b", 2, first=50)
     write_images(tmp_path / val / "a", 1)
     write_images(tmp_path / val / "b", 1)
-    cfg = config(DATASETS__IMAGE_FOLDERS=(("my", str(tmp_path)),))
+    cfg = config(CLASSIFICATION__IMAGE_FOLDERS=(("my", str(tmp_path)),))
     assert [len(open_dataset(cfg, f"my_{split}")) for split in ("train", "val")] == [5, 2]
 
 
@@ -99,7 +99,7 @@ def test_mnist_as_torchvision_keeps_it(root):
         (raw / f"{name}-images-idx3-ubyte").write_bytes(header + pixels[:count].tobytes())
         labels = struct.pack(">ii", 2049, count) + bytes([7, 2, 9][:count])
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(labels)
-    cfg = config(MODEL__PIXEL_MEAN=[1.0], INPUT__IMAGE_SIZE=28)
+    cfg = config(MODEL__PIXEL_MEAN=[1.0], CLASSIFICATION__IMAGE_SIZE=28)
     loaded = load_images(cfg, "mnist_train")
     assert torch.equal(loaded.images, torch.from_numpy(pixels)[:, None])
     assert loaded.labels.tolist() == [7, 2, 9]
@@ -149,10 +149,10 @@ def test_a_failed_download_is_one_clear_error(root, monkeypatch):
 
 
 def test_folders_that_cannot_be_used(tmp_path):
-    cfg = config(DATASETS__IMAGE_FOLDERS=(("my", str(tmp_path / "none")),))
+    cfg = config(CLASSIFICATION__IMAGE_FOLDERS=(("my", str(tmp_path / "none")),))
     with pytest.raises(DatasetError, match=r"must exist, got .*none"):
         open_dataset(cfg, "my_train")
-    cfg = config(DATASETS__IMAGE_FOLDERS=(("my", str(tmp_path)),))
+    cfg = config(CLASSIFICATION__IMAGE_FOLDERS=(("my", str(tmp_path)),))
     with pytest.raises(DatasetError, match="must hold train/ and val/"):
         open_dataset(cfg, "my_train")
     with pytest.raises(DatasetError, match=r"must be one of my_train, my_val, .* got 'my_test'"):
@@ -186,8 +186,8 @@ def test_batches_larger_than_the_data_set():
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_loader_goes_on_where_another_was(tmp_path, in_memory):
     cfg = folder_of_classes(tmp_path)
-    cfg.DATASETS.IN_MEMORY = in_memory
-    cfg.INPUT.AUGMENTATION = "crop_flip"
+    cfg.CLASSIFICATION.IN_MEMORY = in_memory
+    cfg.CLASSIFICATION.AUGMENTATION = "crop_flip"
     first = build_train_loader(cfg)
     batches = [batch for batch, _ in zip(first, range(5), strict=False)]
     state = {**first.state_dict(), "iteration": 2}
@@ -202,8 +202,8 @@ def test_a_loader_goes_on_where_another_was(tmp_path, in_memory):
 
 def test_files_give_the_same_batches_whatever_the_workers(tmp_path):
     cfg = folder_of_classes(tmp_path)
-    cfg.DATASETS.IN_MEMORY = False
-    cfg.INPUT.AUGMENTATION = "resized_crop"
+    cfg.CLASSIFICATION.IN_MEMORY = False
+    cfg.CLASSIFICATION.AUGMENTATION = "resized_crop"
     before = torch.get_rng_state()
     seen = []
     for cfg.DATALOADER.NUM_WORKERS in (0, 2):
@@ -217,7 +217,7 @@ def test_files_give_the_same_batches_whatever_the_workers(tmp_path):
 
 def test_memory_holds_what_the_files_show(tmp_path):
     cfg = folder_of_classes(tmp_path)
-    cfg.INPUT.IMAGE_SIZE = 8
+    cfg.CLASSIFICATION.IMAGE_SIZE = 8
     loaded, source = load_images(cfg, "my_train"), open_dataset(cfg, "my_train")
     assert loaded.images.shape == (len(source), 3, 8, 8)
     for i, (image, label) in enumerate(source):
@@ -229,7 +229,7 @@ def test_memory_holds_what_the_files_show(tmp_path):
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 8), (3, 32)])
 def test_the_digits_take_the_model_s_shape(channels, size):
-    cfg = config(MODEL__PIXEL_MEAN=[1.0] * channels, INPUT__IMAGE_SIZE=size)
+    cfg = config(MODEL__PIXEL_MEAN=[1.0] * channels, CLASSIFICATION__IMAGE_SIZE=size)
     digits = load_images(cfg, "digits_train")
     assert digits.images.shape == (1438, channels, size, size)
     assert digits.images.max() == 255
@@ -240,8 +240,8 @@ def test_the_digits_take_the_model_s_shape(channels, size):
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_an_evaluation_sees_each_image_once(tmp_path, monkeypatch, in_memory, num_ranks):
     cfg = folder_of_classes(tmp_path)
-    cfg.DATASETS.IN_MEMORY = in_memory
-    cfg.TEST.IMS_PER_BATCH = 2
+    cfg.CLASSIFICATION.IN_MEMORY = in_memory
+    cfg.CLASSIFICATION.IMS_PER_BATCH_TEST = 2
     monkeypatch.setattr(comm, "get_world_size", lambda: num_ranks)
     seen = []
     for rank in range(num_ranks):
@@ -255,7 +255,7 @@ def test_an_evaluation_sees_each_image_once(tmp_path, monkeypatch, in_memory, nu
 
 def test_no_batch_of_an_evaluation_is_a_single_image(tmp_path):
     cfg = folder_of_classes(tmp_path)
-    cfg.TEST.IMS_PER_BATCH = 11  # of 12 images
+    cfg.CLASSIFICATION.IMS_PER_BATCH_TEST = 11  # of 12 images
     assert [len(batch.labels) for batch in build_test_loader(cfg, "my_train")] == [6, 6]
 
 

@@ -1,5 +1,6 @@
 import json
 import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -36,11 +37,12 @@ from gn_practical.analysis.exact_factor import (
 )
 from gn_practical.num_groups import exact_ideal_num_groups
 
-ROOT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[1]
 
 
-def sampled_factor(n, activation, eps=0.0, groups=200_000):
+def sampled_factor(n, activation, eps=0.0):
     """E|P D g|² / (n E f'²): the backward pass of GN written out, in float64."""
+    groups = 1_600_000 // n
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(groups, n, generator=generator, dtype=torch.float64)
     s = x.var(dim=1, correction=0, keepdim=True).add(eps).sqrt()
@@ -212,27 +214,32 @@ def test_rows_are_saved(tmp_path, suffix):
     assert json.loads(format_rows([{"G": 1}], "json")) == [{"G": 1}]
 
 
-def run_tool(name, *args):
-    command = [sys.executable, "-W", "ignore", str(ROOT / name), *args]
-    environment = {"PYTHONPATH": str(ROOT.parents[1]), "PATH": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+def run_script(monkeypatch, name, *args):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+    runpy.run_path(str(PROJECT / name), run_name="__main__")
 
 
-def test_tools_print_their_tables(tmp_path):
+def test_scripts_print_and_save_their_tables(tmp_path, monkeypatch, capsys):
     output = tmp_path / "table.csv"
-    done = run_tool(
-        *("reproduce_table1.py", "--blocks", "32,16,2", "--experiments", "400"),
-        *("--output", str(output)),
-    )
-    assert done.returncode == 0, done.stderr
+    block = ("--blocks", "32,16,2", "--experiments", 400, "--output", output)
+    run_script(monkeypatch, "reproduce_table1.py", *block)
     assert output.read_text().startswith("n_in,n_out,G,ratio,measured,error,exact,eqs,agrees")
-    done = run_tool("reproduce_table2.py", "--activations", "relu")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("not at hand") == 9
+    for grid in ("--extended", "--convolutions", "--stack=plain"):
+        with pytest.raises(SystemExit, match="error: output must end with one of"):
+            run_script(monkeypatch, "reproduce_table1.py", grid, "--output", "table.xls")
+    with pytest.raises(SystemExit, match="error: blocks must be triples"):
+        run_script(monkeypatch, "reproduce_table1.py", "--blocks", "32x16")
+    capsys.readouterr()
+    run_script(monkeypatch, "reproduce_table2.py", "--activations", "relu")
+    assert capsys.readouterr().out.count("not at hand") == 9
 
 
-def test_tools_end_with_one_clear_error():
-    done = run_tool("reproduce_table1.py", "--blocks", "32x16")
+def test_scripts_run_from_the_repository_s_folder():
+    root = PROJECT.parents[1]
+    command = [sys.executable, "-W", "ignore", "projects/paper_tables/reproduce_table1.py"]
+    command += ["--blocks", "32x16"]
+    environment = {"PYTHONPATH": str(root), "PATH": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: blocks must be triples")
 

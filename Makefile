@@ -4,10 +4,11 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 CONSTRAINTS = requirements/constraints.txt
 
-.PHONY: help install quickstart test crash-test lint
+.PHONY: help install quickstart paper-tables test crash-test lint
 
 help:
 	@echo "make quickstart  train, evaluate and draw on the embedded data, about 5 minutes on 2 cores"
+	@echo "make paper-tables  measure Tables 1 and 2 of the paper, about a minute"
 	@echo "make test        run the test suite"
 	@echo "make crash-test  kill and resume a training dozens of times, compare: about 8 minutes"
 	@echo "make lint        check style with ruff"
@@ -23,13 +24,17 @@ $(VENV)/installed: setup.py $(CONSTRAINTS) requirements/detectron2.txt tools/ins
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --constraint $(CONSTRAINTS) torch torchvision
-	$(BIN)/python -m pip install --constraint $(CONSTRAINTS) --editable '.[fast,dev]'
+	$(BIN)/python -m pip install --constraint $(CONSTRAINTS) --editable '.[fast,dev,experiments]'
 	PYTHON=$(BIN)/python sh tools/install_detectron2.sh
 	touch $@
 
 # Threads wait for each other in a short loop: in a long one they stall when a core is taken.
 quickstart: install
 	GOMP_SPINCOUNT=50000 $(BIN)/python tools/train_net.py --config-file configs/quickstart/pfpn.yaml $(OPTS)
+
+paper-tables: install
+	$(BIN)/python projects/paper_tables/reproduce_table1.py
+	$(BIN)/python projects/paper_tables/reproduce_table2.py
 
 test: install
 	$(BIN)/python -m pytest $(OPTS)

@@ -40,11 +40,13 @@ setup(
         "packaging>=21",
         "portalocker>=2",
         "scipy>=1.11",
+        "joblib>=1.3",
         "scikit-learn>=1.3",  # the digits, classification's embedded data set
         "hotcoco>=1.3,<2",
         "setuptools<81",  # detectron2.model_zoo imports pkg_resources
     ],
     extras_require={
+        "experiments": ["submitit>=1.5"],  # sweeps on a SLURM cluster
         "fast": ["faster-coco-eval>=1.6"],
         "dev": [
             "hypothesis>=6.100",

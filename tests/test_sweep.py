@@ -59,7 +59,7 @@ def sweep(tmp_path, monkeypatch):
         "seeds": [1, 2],
         "metrics": ["bbox/AP", "train_loss"],
         "baseline": {"groups": "1"},
-        "pictures": [{"x": "groups", "y": "bbox/AP", "lines": "rate"}],
+        "pictures": [{"x": "groups", "y": "bbox/AP"}],
     }
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return tmp_path

@@ -204,8 +204,7 @@ def _warn_of_schedule(cfg: CfgNode) -> None:
         )
     overridden = cfg.overridden if isinstance(cfg, RunConfig) else {}
     batch = overridden.get("SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH)
-    follows = "SOLVER.BASE_LR" in overridden or "REFERENCE_BATCH" in solver  # a project's own key
-    if batch != solver.IMS_PER_BATCH and not follows:
+    if batch != solver.IMS_PER_BATCH and "SOLVER.BASE_LR" not in overridden:
         _logger.warning(
             "SOLVER.IMS_PER_BATCH is %d in place of the recipe's %d, with the same learning rate. "
             "The linear rule asks for SOLVER.BASE_LR %g; SOLVER.REFERENCE_WORLD_SIZE scales batch, "

@@ -40,26 +40,29 @@ def draw_pictures(plan: Plan, rows: list[Row], output: str) -> list[str]:
     for picture in plan.pictures:
         name = re.sub(r"\W+", "_", f"{picture['y']}_against_{picture['x']}")
         paths.append(os.path.join(output, f"{name}.png"))
-        _draw_axis(plan, rows, picture, paths[-1])
+        _draw_axis(plan, rows, picture["x"], picture["y"], paths[-1])
     return paths
 
 
 def _draw_curves(plan: Plan, path: str) -> None:
     """Training loss and each metric over the iterations: mean over seeds, band from min to max."""
-    wanted = ["total_loss", *(m for m in plan.metrics if m != "train_loss")]
     by_setting: dict[str, list[Run]] = {}
     for run in filter(is_finished, plan.runs):
         by_setting.setdefault(", ".join(run.setting.values()), []).append(run)
-    figure = Figure(figsize=(6 * len(wanted), 5), layout="constrained")
-    for index, name in enumerate(wanted):
-        axes = figure.add_subplot(1, len(wanted), index + 1)
-        for number, (label, runs) in enumerate(list(by_setting.items())[:_MOST_CURVES]):
-            _draw_band(axes, _curves(runs, name), label, f"C{number}")
+    panels = {
+        name: {label: _curves(runs, name) for label, runs in by_setting.items()}
+        for name in ("total_loss", *(m for m in plan.metrics if m != "train_loss"))
+    }
+    panels = {name: curves for name, curves in panels.items() if any(curves.values())}
+    figure = Figure(figsize=(6 * max(1, len(panels)), 5), layout="constrained")
+    for index, (name, by_label) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), index + 1)
+        for number, (label, curves) in enumerate(list(by_label.items())[:_MOST_CURVES]):
+            _draw_band(axes, curves, label, f"C{number}")
         axes.set(xlabel="iteration", ylabel=_label(plan, name))
         _scale(axes)
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize="small", title=", ".join(plan.labels.get(a, a) for a in plan.axes))
+        axes.legend(fontsize="small", title=_names(plan, list(plan.axes)))
     seeds = _seeds([len(runs) for runs in by_setting.values()])
     figure.suptitle(f"Mean of {seeds}, smoothed; band: smallest to largest", fontsize="medium")
     figure.savefig(path, dpi=110)
@@ -77,7 +80,7 @@ def _curves(runs: list[Run], name: str) -> list[tuple[np.ndarray, np.ndarray]]:
 def _draw_band(
     axes: Axes, curves: list[tuple[np.ndarray, np.ndarray]], label: str, color: str
 ) -> None:
-    if not curves:
+    if not curves:  # of this setting alone: it may have ended before the first evaluation
         return
     x = curves[0][0]
     y = np.array([smooth(np.interp(x, *curve)) for curve in curves])
@@ -85,33 +88,38 @@ def _draw_band(
     axes.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, linewidth=0)
 
 
-def _draw_axis(plan: Plan, rows: list[Row], picture: dict[str, str], path: str) -> None:
+def _draw_axis(plan: Plan, rows: list[Row], x: str, y: str, path: str) -> None:
     """One metric against one axis, mean and standard deviation, a line for each other setting."""
-    x, y, lines = picture["x"], picture["y"], picture.get("lines", "")
-    labels = plan.axes[x]
+    labels, others = plan.axes[x], [axis for axis in plan.axes if axis != x]
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.add_subplot()
     numeric = all(_is_number(label) for label in labels)
     place: Callable[[str], float] = float if numeric else lambda label: float(labels.index(label))
-    for other in dict.fromkeys(row.setting.get(lines, "") for row in rows):
-        chosen = [row for row in rows if row.setting.get(lines, "") == other]
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        lines.setdefault(", ".join(row.setting[axis] for axis in others), []).append(row)
+    for name, chosen in lines.items():
         cells: list[Cell] = [row.cells[y] for row in chosen]
         position = [place(row.setting[x]) for row in chosen]
         spread = np.nan_to_num([cell.std for cell in cells])
         means = [cell.mean for cell in cells]
-        axes.errorbar(position, means, spread, marker="o", capsize=3, label=other)
+        axes.errorbar(position, means, spread, marker="o", capsize=3, label=name)
     if numeric:
         axes.set_xscale("log", base=2)
     axes.set_xticks([place(label) for label in labels], labels)
     axes.minorticks_off()
+    axes.set(xlabel=_names(plan, [x]), ylabel=_label(plan, y))
     seeds = _seeds([len(row.cells[y].by_seed) for row in rows])
-    axes.set(xlabel=plan.labels.get(x, x), ylabel=_label(plan, y))
     axes.set_title(f"Mean of {seeds}; bars: ± one standard deviation", fontsize="medium")
     _scale(axes)
     axes.grid(alpha=0.3)
-    if lines:
-        axes.legend(title=plan.labels.get(lines, lines))
+    if others:
+        axes.legend(title=_names(plan, others))
     figure.savefig(path, dpi=110)
+
+
+def _names(plan: Plan, axes: list[str]) -> str:
+    return "; ".join(plan.labels.get(axis, axis) for axis in axes)
 
 
 def _label(plan: Plan, metric: str) -> str:

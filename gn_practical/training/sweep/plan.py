@@ -84,7 +84,8 @@ def read_plan(path: str, output: str, opts: Sequence[str] = (), seeds: Sequence[
             - ``seeds``: [1, 2, 3];
             - ``metrics``: names in a run's ``results.json``, as "bbox/AP", or "train_loss";
             - ``baseline``: {axis: label}, the settings that others are compared with (optional);
-            - ``pictures``: [{x: axis, y: metric, lines: axis}] (optional, ``lines`` too);
+            - ``pictures``: [{x: axis, y: metric}], a line for each setting of the other axes
+              (optional);
             - ``labels``: {axis or metric: text at the axes of pictures, with its unit} (optional).
         output: the folder of the sweep; each run has its own below it.
         opts: ``KEY``, ``VALUE`` in turn for every run, after those of the file.
@@ -182,14 +183,11 @@ def _check(plan: Plan) -> None:
     if not all(isinstance(seed, int) and seed >= 0 for seed in plan.seeds):
         raise ValueError(f"seeds must be numbers from 0 on, got {plan.seeds}. Correct them.")
     for picture in plan.pictures:
-        if not {"x", "y"} <= set(picture) <= {"x", "y", "lines"}:
-            raise ValueError(
-                f"a picture must be {{x: axis, y: metric, lines: axis}}, got {picture}."
-            )
+        if set(picture) != {"x", "y"}:
+            raise ValueError(f"a picture must be {{x: axis, y: metric}}, got {picture}.")
         if picture["y"] not in plan.metrics:
             raise ValueError(f"y must be one of metrics {plan.metrics}, got {picture['y']}.")
-        for key in {"x", "lines"} & set(picture):
-            _check_axis(plan, key, picture[key])
+        _check_axis(plan, "x", picture["x"])
     for axis, label in plan.baseline.items():
         _check_axis(plan, "baseline", axis)
         _check_label(plan, "baseline", axis, label)

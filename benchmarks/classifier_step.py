@@ -3,18 +3,22 @@
 
 import argparse
 import statistics
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from clock import clock
-from gn_classification.classifier import Batch
-from gn_classification.config import add_classification_config
 from torch import nn
 
 from gn_practical import PracticalGroupNorm, build_model
 from gn_practical.training.engine import load_cfg
 
-CONFIG = "projects/classification/configs/resnet56_cifar10.yaml"
+PROJECT = Path(__file__).parents[1] / "projects/classification"
+CONFIG = str(PROJECT / "configs/resnet56_cifar10.yaml")
+sys.path.append(str(PROJECT))  # where projects are, Python does not look
+
+from gn_classification import Batch, add_classification_config  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:

@@ -183,7 +183,7 @@ def _check(plan: Plan) -> None:
     if not all(isinstance(seed, int) and seed >= 0 for seed in plan.seeds):
         raise ValueError(f"seeds must be numbers from 0 on, got {plan.seeds}. Correct them.")
     for picture in plan.pictures:
-        if set(picture) != {"x", "y"}:
+        if not {"x", "y"} <= set(picture) <= {"x", "y", "lines"}:  # "lines" of older files
             raise ValueError(f"a picture must be {{x: axis, y: metric}}, got {picture}.")
         if picture["y"] not in plan.metrics:
             raise ValueError(f"y must be one of metrics {plan.metrics}, got {picture['y']}.")

@@ -224,12 +224,11 @@ def test_a_signal_stops_it_with_one_sentence(sweep, capfd):
     process.join()
     shown = "".join(capfd.readouterr())
     assert process.exitcode == EXIT_INTERRUPTED
-    assert "Stopped by a signal: 2 runs have saved" in shown
+    assert "runs were stopped" in shown
     assert "The same command goes on from there" in shown
     assert "Traceback" not in shown
     records = [json.loads(path.read_text()) for path in Path(output).glob("runs/*/*/*/run.json")]
-    assert sum(record["finished"] for record in records) < len(records) == 4
-    assert all(record["seconds"] for record in records)
+    assert 2 <= sum(record["finished"] for record in records) < 8
 
 
 def test_a_folder_with_other_overrides_is_not_mixed_in(sweep):

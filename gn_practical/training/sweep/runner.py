@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from gn_practical.training.engine.signals import Interrupted, stop_signals_to
 from gn_practical.training.sweep.plan import Plan, Run
-from gn_practical.training.sweep.task import POLL_S, Task, is_finished
+from gn_practical.training.sweep.task import POLL_S, Task, is_finished, stop
 
 _ALIKE = 3  # failures for the same reason, without any success, after which no more is started
 _SHOWN_LINES = 10
@@ -103,11 +103,10 @@ class _Workers:
                     time.sleep(POLL_S)
                     self._gather()
             finally:
-                for task in self.running.values():
-                    task.stop()
+                stop(self.running.values(), at_once=lambda: len(signals) > 1)
         if signals:
             self._say(
-                f"Stopped by a signal: {len(self.running)} runs have saved, {len(self.waiting)} "
+                f"Stopped by a signal: {len(self.running)} runs were stopped, {len(self.waiting)} "
                 "were not started. The same command goes on from there."
             )
             raise Interrupted

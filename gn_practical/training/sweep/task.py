@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ class Task:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 preexec_fn=_prepare,
+                start_new_session=True,  # Ctrl-C reaches it through stop() alone
             )
 
     def end(self) -> bool:
@@ -80,16 +82,6 @@ class Task:
         good = self.process.returncode == 0
         self._write_record(good)
         return good
-
-    def stop(self) -> None:
-        """End the process, if it runs: it saves and leaves, or is killed after a minute."""
-        self.process.terminate()
-        end = time.monotonic() + _SAVE_S
-        # Not by wait(): a cluster's signal may have interrupted a poll(), whose lock it waits for.
-        while self.process.poll() is None and time.monotonic() < end:
-            time.sleep(POLL_S)
-        self.process.kill()
-        self._write_record(finished=False)
 
     def __call__(self) -> int:
         """Run to the end, and return the exit code."""
@@ -103,7 +95,7 @@ class Task:
         """Stop and return what goes on from there, when submitit says that the time is up."""
         from submitit.helpers import DelayedSubmission
 
-        self.stop()
+        stop([self])
         return DelayedSubmission(Task(*self.arguments))
 
     def last_lines(self, number: int) -> list[str]:
@@ -120,6 +112,26 @@ class Task:
         seconds = round(self.before + time.time() - self.start_time, 1)
         record = {**self.identity, "finished": finished, "seconds": seconds}
         write_json(os.path.join(self.run.folder, _RECORD), record, indent=1)
+
+
+def stop(tasks: Collection[Task], at_once: Callable[[], bool] = lambda: False) -> None:
+    """Ask tasks that run to save and leave, wait for them, and kill those that have not.
+
+    Args:
+        tasks: all of them are asked at the same time, once: a second signal would end them.
+        at_once: asked while they save; True kills them.
+    """
+    for task in tasks:
+        task.process.terminate()
+    end = time.monotonic() + _SAVE_S
+    # Not by wait(): a cluster's signal may have interrupted a poll(), whose lock it waits for.
+    while any(task.process.poll() is None for task in tasks) and time.monotonic() < end:
+        if at_once():
+            break
+        time.sleep(POLL_S)
+    for task in tasks:
+        task.process.kill()
+        task.end()
 
 
 def read_record(run: Run) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def test_the_keys_collide_with_no_other_project_s():
         add(cfg)
     others = cfg.clone()
     add_classification_config(cfg)
-    del cfg.CLASSIFICATION
+    del cfg["CLASSIFICATION"]
     assert cfg == others
 
 

@@ -172,10 +172,9 @@ def _warn_of_schedule(cfg: CfgNode) -> None:
             "No step of SOLVER.STEPS=%s lies within %s iterations: the learning rate never falls.",
             *(tuple(solver.STEPS), length),
         )
-    overridden = cfg.overridden if isinstance(cfg, RunConfig) else {}
-    batch = overridden.get("SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH)
-    follows = "SOLVER.BASE_LR" in overridden or "REFERENCE_BATCH" in solver  # a project's own key
-    if batch != solver.IMS_PER_BATCH and not follows:
+    recipe = (cfg.recipe or cfg).SOLVER if isinstance(cfg, RunConfig) else solver
+    batch = recipe.IMS_PER_BATCH
+    if batch != solver.IMS_PER_BATCH and recipe.BASE_LR == solver.BASE_LR:
         _logger.warning(
             "SOLVER.IMS_PER_BATCH is %d in place of the recipe's %d, with the same learning rate. "
             "The linear rule asks for SOLVER.BASE_LR %g; SOLVER.REFERENCE_WORLD_SIZE scales batch, "

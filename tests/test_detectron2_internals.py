@@ -1,4 +1,4 @@
-"""What the trainer uses of Detectron2's internals is still there; else the message says what is gone."""
+"""What the trainer uses of Detectron2's internals is there; else a message says what is gone."""
 
 import inspect
 from itertools import islice
@@ -14,9 +14,7 @@ from gn_practical.training.detectron2_internals import bound_histories, stream_o
 @pytest.mark.parametrize("method", ["_load_file", "_torch_load", "_load_model"])
 def test_the_methods_that_our_checkpointer_overrides(method):
     found = getattr(DetectionCheckpointer, method, None)
-    assert found is not None, (
-        f"DetectionCheckpointer.{method} is gone: GroupsCheckpointer reads by it"
-    )
+    assert found is not None, f"DetectionCheckpointer.{method} is gone, by which we read"
     arguments = list(inspect.signature(found).parameters)
     assert len(arguments) == 2, f"DetectionCheckpointer.{method} takes {arguments} now"
 

@@ -64,6 +64,13 @@ def test_what_came_before_the_training_began_is_kept(stop):
         assert stop.received is signal.SIGUSR1
 
 
+def test_a_signal_of_one_run_does_not_stop_the_next():
+    stop = StopSignals()
+    with stop.handled():
+        send(signal.SIGTERM)
+    stop.check()
+
+
 def test_handlers_are_as_before_afterwards():
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with StopSignals().handled():

@@ -195,7 +195,7 @@ class CrashTest:
     seconds: list[float] = field(default_factory=list)  # from start to first step
 
     def scenario(self, ranks: int, workers: int, kills: int) -> None:
-        """Kill a training so many times; as often as it ends before, compare it and begin anew."""
+        """Kill a training so many times; if it ends before, compare it and start another."""
         name = f"{ranks} rank{'s' * (ranks > 1)}, {workers} workers"
         settings = (ranks, workers, self.iterations)
         alone = Run(self.folder / f"alone_{ranks}_{workers}", *settings)

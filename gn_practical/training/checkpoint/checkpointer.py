@@ -193,7 +193,7 @@ class GroupsCheckpointer(DetectionCheckpointer):
             files.check_whole(path)
             return load_torch(path, mmap=True).get("best", {})
         except ValueError as error:
-            self.logger.warning("%s is damaged: %s. The best is sought anew.", path, error)
+            self.logger.warning("%s is damaged: %s. The best value starts from none.", path, error)
             return {}
 
     def _agreed_checkpoint(self) -> str:

@@ -1,17 +1,16 @@
 """What Detectron2 and PyTorch raise for a config, as one error that names the config's keys."""
 
+import sysconfig
 import traceback
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
-
 from gn_practical.training.data import DatasetError
 
 _PACKAGE = str(Path(__file__).parents[2])
-_MOST_KEYS = 12
+_LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 _MOST_LETTERS = 80
 
 
@@ -24,7 +23,7 @@ def blame_config(args: Namespace) -> Iterator[None]:
     those that :func:`not_for_config` marked.
 
     Args:
-        args: the command line: its overrides, or else the keys of its config file, are named.
+        args: the command line: its overrides, or else its config file, are named.
 
     Raises:
         ValueError: in place of the library's error, which is its cause.
@@ -58,9 +57,10 @@ def not_for_config(error: Exception) -> None:
 
 
 def _speaks_for_itself(error: Exception) -> bool:
-    """Whether this package raised it for the user, or again in place of a worker of a loader."""
+    """Whether this package or a user's own code raised it, or a loader's worker in their place."""
     origin = traceback.extract_tb(error.__traceback__)[-1].filename
-    is_ours = origin.startswith(_PACKAGE) and isinstance(error, ValueError)
+    is_library = origin.startswith((*_LIBRARIES, "<")) and not origin.startswith(_PACKAGE)
+    is_ours = isinstance(error, ValueError) and not is_library
     return is_ours or isinstance(error, DatasetError | FloatingPointError)
 
 
@@ -69,23 +69,4 @@ def _suspects(args: Namespace) -> str:
         pairs = zip(args.opts[::2], args.opts[1::2], strict=False)
         given = ", ".join(f"{key}={str(value)[:_MOST_LETTERS]}" for key, value in pairs)
         return f"the overrides {given} of {args.config_file}"
-    keys = _keys_of(args.config_file)
-    shown = ", ".join(keys[:_MOST_KEYS]) + (" ..." if len(keys) > _MOST_KEYS else "")
-    return f"the keys that {args.config_file} sets: {shown}" if keys else "the config"
-
-
-def _keys_of(path: str) -> list[str]:
-    """List the dotted keys of a YAML file, without those of its base."""
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        return []
-    return list(_dotted(content)) if isinstance(content, dict) else []
-
-
-def _dotted(node: dict, prefix: str = "") -> Iterator[str]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
-        elif key != "_BASE_":
-            yield f"{prefix}{key}"
+    return args.config_file or "the config"

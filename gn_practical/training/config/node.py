@@ -38,8 +38,8 @@ class RunConfig(CfgNode):
         >>> from detectron2.config import get_cfg
         >>> cfg = RunConfig(get_cfg())
         >>> cfg.merge_from_list(["SOLVER.MAX_ITER", "9", "SOLVER.GAMMA", "0.2"])
-        >>> cfg.overridden["SOLVER.MAX_ITER"]
-        40000
+        >>> cfg.overridden, cfg.recipe.SOLVER.MAX_ITER
+        (['SOLVER.MAX_ITER', 'SOLVER.GAMMA'], 40000)
         >>> cfg.forget_reads()
         >>> cfg.clone().SOLVER.MAX_ITER
         9
@@ -49,8 +49,9 @@ class RunConfig(CfgNode):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # {KEY: what it was before} of the command line. Beside the keys, where yacs keeps its own.
-        self.__dict__.update(overridden={}, reads=_Reads())
+        # The keys of the command line, and the config before them. Beside the keys, where yacs
+        # keeps its own.
+        self.__dict__.update(overridden=[], recipe=None, reads=_Reads())
 
     def __getitem__(self, name: str) -> Any:
         self.__dict__["reads"].add(name)
@@ -62,11 +63,10 @@ class RunConfig(CfgNode):
         return super().get(name, default)
 
     def merge_from_list(self, cfg_list: Sequence[Any]) -> None:
-        """Merge keys and values in turn, and keep what the keys were before in ``overridden``."""
-        keys = list(override_pairs(cfg_list))
-        before = {key: look_up(self, key) for key in keys}
+        """Merge keys and values in turn; ``recipe`` is the config without them."""
+        keys, recipe = list(override_pairs(cfg_list)), self.recipe or self.clone()
         super().merge_from_list(cfg_list)
-        self.overridden.update(before)
+        self.__dict__.update(overridden=[*self.overridden, *keys], recipe=recipe)
 
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:

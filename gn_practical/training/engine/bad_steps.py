@@ -45,7 +45,7 @@ class BadSteps:
         """Keep a bad step, as :func:`describe_step` describes it; every rank must call this.
 
         Raises:
-            FloatingPointError: if it is one too many; with the losses, the images and the way out.
+            FloatingPointError: if it is one too many; with the losses, the images and what to do.
         """
         self.skipped += 1
         step = {**step, "skipped_steps": self.skipped, "checkpoint": self._last_checkpoint()}
@@ -54,7 +54,7 @@ class BadSteps:
                 file.write(json.dumps(step) + "\n")
         text = f"the losses and gradients of a step must be finite, got {_words(step)}."
         if self.skipped > self.max_skipped:
-            raise FloatingPointError(f"{text} {self._way_out(step)}")
+            raise FloatingPointError(f"{text} {self._advice(step)}")
         logging.getLogger(__name__).warning(
             "%s The step is left out, as number %d of SOLVER.MAX_SKIPPED_STEPS=%d.",
             *(text, self.skipped, self.max_skipped),
@@ -67,7 +67,7 @@ class BadSteps:
         with open(path) as file:
             return file.read().strip()
 
-    def _way_out(self, step: dict[str, Any]) -> str:
+    def _advice(self, step: dict[str, Any]) -> str:
         left_out = f" after {self.max_skipped} steps left out" if self.max_skipped else ""
         return (
             f"Training stopped{left_out} with the weights before that step; the last checkpoint is "

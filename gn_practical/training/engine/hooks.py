@@ -40,7 +40,7 @@ class BoundHistories(HookBase):
 class CountSkippedSamples(HookBase):
     """Logs the number of images that could not be used as ``skipped_samples``.
 
-    For the main rank. Where training starts anew it removes the list of an earlier run.
+    For the main rank. Where training starts at 0 it removes the list of an earlier run.
 
     Args:
         samples: the list that the mappers write.

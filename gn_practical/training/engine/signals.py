@@ -65,7 +65,7 @@ class StopSignals:
         if self._handles or threading.current_thread() is not threading.main_thread():
             yield
             return
-        self.received, self._handles, process = None, True, os.getpid()
+        self._handles, process = True, os.getpid()
         says_so = comm.is_main_process()
 
         def handle(number: int, _: FrameType | None) -> None:
@@ -81,7 +81,7 @@ class StopSignals:
                 raise Interrupted from error
             raise
         finally:
-            self._handles = False
+            self.received, self._handles = None, False  # another run may follow in this process
 
     def check(self) -> None:
         """Stop here if a signal has asked for it.

@@ -125,6 +125,10 @@ class Trainer(DefaultTrainer):
             self._agreement = Agreement()
             try:
                 results = super().train()
+            except Exception as error:
+                if self.iter > self.start_iter and not getattr(error, "of_evaluation", False):
+                    not_for_config(error)
+                raise
             finally:
                 self._trainer.reset_data_loader(lambda: self.state.loader)  # ends its workers
             self._agreement.finish()
@@ -135,12 +139,7 @@ class Trainer(DefaultTrainer):
     def run_step(self) -> None:
         """Run a step, with random numbers that follow from the iteration."""
         self.state.begin_step(self.iter)
-        try:
-            super().run_step()
-        except Exception as error:
-            if self.iter > self.start_iter:
-                not_for_config(error)
-            raise
+        super().run_step()
 
     def after_step(self) -> None:
         """Run the hooks, and stop here if a signal has asked for it.
@@ -232,12 +231,11 @@ class Trainer(DefaultTrainer):
             evaluators = [cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
         try:
             return super().test(cfg, model, [[_StopCheck(), each] for each in evaluators])
-        except OSError as error:  # a full disk, and no value of the config
-            not_for_config(error)
-            raise
         except Exception as error:
             if STOP.received:  # another rank has left
                 raise Interrupted from error
+            # Its keys have not been seen to work; but a full disk is no value of the config.
+            error.of_evaluation = not isinstance(error, OSError)
             raise
 
 

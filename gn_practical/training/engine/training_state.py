@@ -45,7 +45,7 @@ class TrainingState:
         if isinstance(self.loader, PositionedLoader) and "loader" in state:
             self.loader.load_state_dict(state["loader"])
         else:
-            _logger.warning("The training loader has no position: its data begin anew.")
+            _logger.warning("The training loader has no position: its data start over.")
         if state["num_ranks"] != comm.get_world_size():
             _logger.warning(
                 "The checkpoint was written by %d ranks, this run has %d. No sample is repeated or "
@@ -60,6 +60,6 @@ class TrainingState:
         """Say so where a run is resumed from a checkpoint without this state."""
         if not self.was_loaded:
             _logger.warning(
-                "The checkpoint does not say where in the data it was written: their order begins "
-                "anew, and the run will not end as the uninterrupted one."
+                "The checkpoint does not say where in the data it was written: their order "
+                "starts from the beginning, and the run will not end as the uninterrupted one."
             )

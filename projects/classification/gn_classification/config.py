@@ -157,9 +157,6 @@ def _set_schedule(cfg: CfgNode, num_images: int) -> None:
     if own.STEP_FRACTIONS:
         steps = {int(share * solver.MAX_ITER) for share in own.STEP_FRACTIONS}
         solver.STEPS = tuple(sorted(step for step in steps if 0 < step < solver.MAX_ITER))
-    overridden = getattr(cfg, "overridden", {})
-    if own.REFERENCE_BATCH:
-        overridden["SOLVER.BASE_LR"] = solver.BASE_LR  # so that nobody warns that it was left
         solver.BASE_LR *= solver.IMS_PER_BATCH / own.REFERENCE_BATCH
     # The config that is saved must mean the same when it is used again.
     for key in _IN_EPOCHS:

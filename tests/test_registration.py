@@ -113,7 +113,7 @@ def test_other_norm_types_stay_and_unknown_ones_are_explained():
     assert get_norm(None, 64) is None
     assert isinstance(get_norm(lambda c: nn.Identity(), 64), nn.Identity)
     for kind in (KeyError, ValueError):
-        with pytest.raises(kind, match=r"one of PGN, .*BN.* got NORM='PGM'. Did you mean PGN\?"):
+        with pytest.raises(kind, match=r"one of BN, .*PGN.* got NORM='PGM'. Did you mean PGN\?"):
             get_norm("PGM", 64)
 
 

@@ -50,22 +50,22 @@ MODELS = {
 }  # fmt: skip
 
 
-def batch():
+def batch(size=64):
     generator = torch.Generator().manual_seed(0)
-    instances = Instances((64, 64))
+    instances = Instances((size, size))
     instances.gt_boxes = Boxes(torch.tensor([[4.0, 4, 40, 40], [20, 10, 60, 50]]))
     instances.gt_classes = torch.tensor([1, 3])
-    instances.gt_masks = BitMasks(torch.ones(2, 64, 64, dtype=torch.bool))
-    image = torch.randint(0, 255, (3, 64, 64), generator=generator, dtype=torch.uint8)
-    sem_seg = torch.randint(0, 50, (64, 64), generator=generator)
+    instances.gt_masks = BitMasks(torch.ones(2, size, size, dtype=torch.bool))
+    image = torch.randint(0, 255, (3, size, size), generator=generator, dtype=torch.uint8)
+    sem_seg = torch.randint(0, 50, (size, size), generator=generator)
     return [{"image": image, "instances": instances, "sem_seg": sem_seg}]
 
 
-def losses_and_gradients(model):
+def losses_and_gradients(model, size=64):
     model.train()
     torch.manual_seed(0)
     with EventStorage():
-        losses = model(batch())
+        losses = model(batch(size))
     model.zero_grad()
     sum(losses.values()).backward()
     return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

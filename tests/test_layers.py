@@ -219,3 +219,14 @@ def test_constant_filter_has_a_finite_gradient():
     weight = torch.ones(2, 3, 3, 3, requires_grad=True)
     standardize_weight(weight).sum().backward()
     assert torch.isfinite(weight.grad).all()
+
+
+def test_modules_script_and_trace():
+    norm, x = bound_norm(24, 12, 4), torch.randn(2, 12, 5, 6)
+    nn.init.normal_(norm.weight)
+    for module in (norm, WSConv2d(12, 12, 3, norm=norm, activation=nn.ReLU()).eval()):
+        expected = module(x)
+        for made in (torch.jit.script(module), torch.jit.trace(module, x)):
+            torch.testing.assert_close(made(x), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.fx.symbolic_trace(module)(x), expected)
+    torch.testing.assert_close(torch.jit.script(norm)(x, x, True), norm(x, x, True))

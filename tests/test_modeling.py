@@ -11,7 +11,6 @@ import pytest
 import torch
 import torchvision
 from detectron2.config import CfgNode, get_cfg
-from detectron2.layers import get_norm
 from detectron2.modeling import build_model as detectron2_build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -25,10 +24,8 @@ from gn_practical import (
     bind_group_norms,
     build_model,
     convert_to_ws,
-    register_pgn,
 )
 from gn_practical.activation_gain import gain_ratio
-from gn_practical.modeling import unregister_pgn
 from gn_practical.modeling.binding import find_producers
 
 ZOO = Path(detectron2.model_zoo.__file__).parent / "configs"
@@ -67,36 +64,6 @@ def expected_groups(in_channels, out_channels):
     divisors = [d for d in range(1, out_channels + 1) if out_channels % d == 0]
     ideal = min(max((in_channels - out_channels) / 4, 1), out_channels)
     return min(divisors, key=lambda d: max(d / ideal, ideal / d))
-
-
-@pytest.fixture
-def restore_registration():
-    yield
-    register_pgn()
-
-
-def test_registration_reaches_every_holder_and_is_undone(restore_registration):
-    import detectron2.layers.batch_norm
-    import detectron2.modeling.backbone.resnet as resnet
-
-    original = get_norm  # this module's own name is a holder too, and is replaced by import
-    assert isinstance(resnet.get_norm("PGN", 8), PracticalGroupNorm)
-    patched = detectron2.layers.batch_norm.get_norm
-    register_pgn()
-    assert detectron2.layers.batch_norm.get_norm is patched is original
-    unregister_pgn()
-    assert detectron2.layers.get_norm is resnet.get_norm is not patched
-    with pytest.raises(KeyError):
-        resnet.get_norm("PGN", 8)
-
-
-def test_other_norm_types_stay_and_unknown_ones_are_named():
-    assert isinstance(get_norm("GN", 64), nn.GroupNorm)
-    assert get_norm("", 64) is None
-    assert get_norm(None, 64) is None
-    assert isinstance(get_norm(lambda c: nn.Identity(), 64), nn.Identity)
-    with pytest.raises(ValueError, match=r"NORM must be one of BN, .*PGN.* got NORM='PGM'"):
-        get_norm("PGM", 64)
 
 
 @pytest.mark.parametrize("name", zoo_configs(deformable=False))

@@ -140,7 +140,7 @@ def _run(
             f"num_groups={num_groups} for {input.shape[1]} channels. Call "
             "gn_practical.bind_group_norms(model) once, or norm.bind(in_channels, num_groups)."
         )
-    if num_groups == input.shape[1] and not torch.jit.is_tracing():
+    if not torch.jit.is_tracing() and num_groups == input.shape[1]:
         refuse_single_values(input, f"num_groups={num_groups}", allow_degenerate)
     return fused_group_norm(input, num_groups, weight, bias, eps, residual, relu)
 

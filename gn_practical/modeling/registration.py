@@ -118,7 +118,7 @@ def _explain(norm: str) -> str:
 
 
 def _known_names() -> list[str]:
-    return [*_factories, *_DETECTRON2]
+    return [*_DETECTRON2, *_factories]
 
 
 def _holders() -> list[tuple[ModuleType, str, Callable[..., Any]]]:

@@ -49,6 +49,7 @@ def one_clear_error() -> Iterator[None]:
 def _is_for_the_user(error: BaseException | None) -> bool:
     if not (error and error.args and str(error.args[0])):
         return False
-    if isinstance(error, KeyError):
+    # An UnknownNormError is both.
+    if isinstance(error, KeyError) and not isinstance(error, ValueError):
         return "registry" in str(error.args[0])
     return isinstance(error, ValueError | FloatingPointError | AssertionError)

@@ -55,6 +55,7 @@ setup(
             "pytest>=8",
             "pytest-timeout>=2.3",
             "ruff>=0.8",
+            "timm>=1.0",
         ],
     },
 )

@@ -4,14 +4,14 @@ A unit block is a weight layer with ``in_channels`` inputs and ``out_channels`` 
 by group normalization and an activation. Equations and algorithms are those of Kim et al., "On
 the Ideal Number of Groups for Isometric Gradient Propagation" (arXiv:2302.03193).
 
-Everything is computed in exact integers or fractions; no rounding decides a number of groups.
+Everything is computed in exact integers or fractions; no rounding decides a number of groups. A new
+rule is a function like :func:`ideal_num_groups` and a line in ``RULES``.
 """
 
+from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 from math import isfinite, isqrt
-
-RULES = ("paper", "exact")
 
 
 def gradient_variance_ratio(
@@ -94,6 +94,13 @@ def exact_ideal_num_groups(
     return out_channels / (3 + out_channels / surplus)
 
 
+# What MODEL.PGN.RULE may be: (n_in, n_out, gain ratio) to G_ideal before clipping.
+RULES: dict[str, Callable[[int, int, float | Fraction], Fraction]] = {
+    "paper": ideal_num_groups,
+    "exact": exact_ideal_num_groups,
+}
+
+
 def practical_num_groups(
     in_channels: int,
     out_channels: int,
@@ -114,7 +121,8 @@ def practical_num_groups(
         in_channels: n_in, input channels of the weight layer.
         out_channels: n_out, output channels of the weight layer.
         gain_ratio: r = F / B of the activation at unit variance (Section 2.3); 1 for ReLU.
-        rule: "paper" for Eq. 32, "exact" for :func:`exact_ideal_num_groups`.
+        rule: what gives G_ideal, a name in ``RULES``: "paper" for Eq. 32, "exact" for
+            :func:`exact_ideal_num_groups`.
 
     Returns:
         A divisor of ``out_channels``.
@@ -127,12 +135,57 @@ def practical_num_groups(
         >>> practical_num_groups(784, 512), practical_num_groups(256, 64)
         (64, 64)
     """
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got rule={rule!r}.")
-    solve = ideal_num_groups if rule == "paper" else exact_ideal_num_groups
-    ideal = min(max(solve(in_channels, out_channels, gain_ratio), 1), out_channels)
+    check_rule(rule)
+    ideal = min(max(RULES[rule](in_channels, out_channels, gain_ratio), 1), out_channels)
     lower, upper = _neighbouring_divisors(out_channels, ideal)
     return upper if ideal * ideal > lower * upper else lower
+
+
+def resolve_num_groups(
+    choice: str | int,
+    in_channels: int,
+    out_channels: int,
+    gain_ratio: float | Fraction = 1,
+) -> int:
+    """Return the number of groups that a choice means for one layer.
+
+    Args:
+        choice: a rule in ``RULES`` by its name, "practical" for the paper's, "instance" for as many
+            groups as channels, or the number itself, as an int or text.
+        in_channels: n_in of the weight layer.
+        out_channels: n_out of the weight layer, the channels of the norm.
+        gain_ratio: r = F / B of the activation at unit variance; 1 for ReLU.
+
+    Raises:
+        ValueError: for an unknown choice. Whether a number divides is :func:`check_num_groups`.
+
+    Example:
+        >>> [resolve_num_groups(choice, 256, 64) for choice in ("practical", "exact", 8)]
+        [64, 16, 8]
+    """
+    if str(choice).isdecimal() and int(choice) > 0:
+        return int(choice)
+    if choice == "instance":
+        return out_channels
+    rule = {"practical": "paper"}.get(choice, choice)
+    if rule not in RULES:
+        raise ValueError(
+            f"groups must be model, practical, instance, a rule ({', '.join(RULES)}) or a positive "
+            f"number, got groups={choice!r}. Choose among these."
+        )
+    return practical_num_groups(in_channels, out_channels, gain_ratio, rule)
+
+
+def check_rule(rule: str) -> None:
+    """Raise ValueError unless ``rule`` is a name in ``RULES``.
+
+    Example:
+        >>> check_rule("paper")
+    """
+    if rule not in RULES:
+        raise ValueError(
+            f"rule must be one of {', '.join(RULES)}, got rule={rule!r}. Choose among these."
+        )
 
 
 def check_num_groups(num_groups: int, num_channels: int) -> None:

@@ -191,7 +191,7 @@ def test_choices_run_the_same_random_numbers():
 def test_model_without_norm_is_refused():
     with pytest.raises(ValueError, match=r"must have group norms, got none in Sequential"):
         audit_isometry(nn.Sequential(nn.Linear(4, 4)), [torch.randn(2, 4)])
-    with pytest.raises(ValueError, match=r"must be bound, got 1 that are not: 1\. Call"):
+    with pytest.raises(ValueError, match=r"must be bound, got 1 that are not, at 1\. Call"):
         find_unit_blocks(nn.Sequential(nn.Linear(4, 4), PracticalGroupNorm(4)))
 
 
@@ -253,8 +253,57 @@ def test_norm_without_a_known_producer_is_listed():
     assert rows[0].A is rows[0].K is rows[0].K_paper is None
     assert rows[1].depth == 0
     assert rows[1].B is None
-    with pytest.raises(ValueError, match=r"groups=practical must know .* for norm, unused\."):
+    with pytest.raises(ValueError, match=r"every norm must follow .* for norm, unused\."):
         audit_isometry(Loose(), [torch.randn(2, 4, 4, 4)], random_loss, ["practical"])
+
+
+def test_block_of_a_norm_that_was_bound_by_a_run():
+    class Loose(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList(PracticalGroupNorm(8) for _ in range(2))
+            self.convs = nn.ModuleList(nn.Conv2d(width, 8, 1) for width in (4, 8))
+
+        def forward(self, x):
+            first = self.norms[0](self.convs[0](x)).relu()
+            return self.norms[1](first + self.convs[1](first)).relu()
+
+    model, x = Loose(), torch.randn(2, 4, 6, 6)
+    bind_group_norms(model, example_inputs=x)
+    first, second = audit_isometry(model, [x], random_loss)
+    assert (first.weight_layer, first.in_channels) == ("convs.0", 4)
+    assert first.A
+    assert first.K_exact
+    assert (second.weight_layer, second.in_channels) == ("convs.0, convs.1", 12)
+    assert second.A is second.K is None
+    assert second.K_paper == 12 / 12
+
+
+def test_text_fits_into_a_screen(tmp_path):
+    model = nn.Sequential(small_conv_net())
+    for _ in range(4):
+        model = nn.ModuleDict({"a_rather_long_name": model})
+    net = model.a_rather_long_name.a_rather_long_name.a_rather_long_name.a_rather_long_name
+    rows = audit_isometry(
+        model, [torch.randn(2, 3, 12, 12)], lambda m, x: random_loss(net, x), ["instance", 1]
+    )
+    text = save_audit(rows, tmp_path, {})
+    assert max(map(len, text.splitlines())) == 100
+    assert "…" in text
+    header = (tmp_path / "audit.csv").read_text().splitlines()[0].split(",")
+    assert {"A", "B", "C", "gradient", "parent", "product_exact"} <= set(header)
+
+
+def test_picture_names_config_and_weights(tmp_path, monkeypatch):
+    rows = audit_isometry(small_conv_net(), [torch.randn(2, 3, 12, 12)], random_loss)
+    titles = []
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda *a, **_: titles.append(a[1]))
+    save_audit(rows, tmp_path, {"config_file": "configs/pfpn_pgn.yaml", "weights": "a/b.pth"})
+    save_audit(rows, tmp_path, {"config_file": "configs/pfpn_pgn.yaml", "weights": ""})
+    assert [title.splitlines()[0] for title in titles] == [
+        "pfpn_pgn, weights: a/b.pth",
+        "pfpn_pgn, weights: random",
+    ]
 
 
 def test_report_files(tmp_path):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import runpy
+import subprocess
 import sys
 from math import inf
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from gn_practical import PracticalGroupNorm, bind_group_norms
 from gn_practical.analysis.group_table import group_table
 
 ROOT = Path(__file__).parent.parent
@@ -36,8 +38,17 @@ def test_numbers_that_do_not_divide_are_left_empty():
     assert row["model G"] == 2
 
 
+def test_instance_norm_and_the_activation_of_the_norm():
+    model = nn.Sequential(nn.Linear(64, 32), PracticalGroupNorm(32))
+    bind_group_norms(model, gain_ratio=0.75)
+    (row,) = group_table(model, ["practical", "instance"])
+    assert (row["G_ideal"], row["practical G"], row["practical K"]) == (4, 4, 1)
+    assert row["practical K exact"] == pytest.approx(0.5 * 6 / 5 / 0.75)
+    assert (row["instance G"], row["instance K exact"]) == (32, None)
+
+
 def test_errors():
-    with pytest.raises(ValueError, match=r"groups must be practical.* got groups='instanc'"):
+    with pytest.raises(ValueError, match=r"groups must be model, practical.* got groups='instanc'"):
         group_table(block(32, 24), ["instanc"])
     with pytest.raises(ValueError, match="must have group norms, got none in Linear"):
         group_table(nn.Linear(4, 4))
@@ -67,6 +78,30 @@ def test_tool_prints_every_norm_of_resnet_101(tool):
     assert len(rows) == 127
     last = {row["layer"]: row for row in rows}["backbone.bottom_up.res5.2.conv1.norm"]
     assert (last["in"], last["out"], last["practical G"]) == ("2048", "512", "512")
+
+
+def test_tool_prints_lines_that_fit_into_a_screen(tool):
+    _, text = tool("pfpn_pgn_all")
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[1].split() == ["layer", "in", "out", "G_ideal", "G", "K", "G", "K", "K", "K"]
+    names = [line.split()[0] for line in lines[3:]]
+    assert len(set(names)) == len(names) == 76
+
+
+@pytest.mark.parametrize("name", ["group_table", "audit_isometry"])
+def test_help_comes_before_any_heavy_import(name):
+    code = f"""
+import runpy, sys
+sys.argv = ["tool", "--help"]
+try:
+    runpy.run_path({str(ROOT / "tools" / f"{name}.py")!r}, run_name="__main__")
+finally:
+    assert not {{"torch", "numpy", "gn_practical"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--groups" in done.stdout
 
 
 def test_tool_writes_a_file_and_takes_overrides_after_groups(tool, tmp_path):

@@ -7,10 +7,12 @@ from itertools import pairwise
 import pytest
 
 from gn_practical.num_groups import (
+    RULES,
     exact_ideal_num_groups,
     gradient_variance_ratio,
     ideal_num_groups,
     practical_num_groups,
+    resolve_num_groups,
 )
 
 
@@ -23,12 +25,12 @@ def test_known_layers(in_channels, out_channels, expected):
 
 
 def test_equals_an_independent_implementation_everywhere():
-    """All pairs up to 1024 against a search over all divisors by |log2 d - log2 G_ideal|."""
-    for out_channels in range(1, 1025):
+    """All pairs up to 400 against a search over all divisors by |log2 d - log2 G_ideal|."""
+    for out_channels in range(1, 401):
         divisors = [d for d in range(1, out_channels + 1) if out_channels % d == 0]
         # Thresholds in quarter groups: G changes from d1 to d2 where (4 G)^2 passes 16 d1 d2.
         bounds = [16 * a * b for a, b in pairwise(divisors)]
-        for in_channels in range(1, 1025):
+        for in_channels in range(1, 401):
             quarters = min(max(in_channels - out_channels, 4), 4 * out_channels)
             expected = divisors[sum(quarters**2 > bound for bound in bounds)]
             if practical_num_groups(in_channels, out_channels) != expected:
@@ -88,6 +90,34 @@ def test_refuses_other_bad_arguments():
     for ratio in (0, -1.0, float("nan"), float("inf"), None):
         with pytest.raises(ValueError, match="gain_ratio must be a positive finite number"):
             practical_num_groups(64, 64, gain_ratio=ratio)
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [("practical", 64), ("paper", 64), ("exact", 16), ("instance", 64), (32, 32), ("1", 1)],
+)
+def test_one_resolver_of_names_and_numbers(choice, expected):
+    assert resolve_num_groups(choice, 256, 64) == expected
+
+
+@pytest.mark.parametrize("choice", ["instanc", "0", -1, "3.5", None])
+def test_resolver_refuses_what_it_does_not_know(choice):
+    with pytest.raises(ValueError, match=r"groups must be .*\(paper, exact\).* got groups="):
+        resolve_num_groups(choice, 256, 64)
+
+
+def test_rule_is_one_line_of_the_dict(monkeypatch):
+    """A new rule reaches the norm, its table and the choices of the tools by its name alone."""
+    from torch import nn
+
+    from gn_practical import PracticalGroupNorm, bind_group_norms
+    from gn_practical.analysis.group_table import group_table
+
+    monkeypatch.setitem(RULES, "half", lambda n_in, n_out, ratio: Fraction(n_out, 2))
+    model = nn.Sequential(nn.Linear(64, 32), PracticalGroupNorm(32))
+    (row,) = bind_group_norms(model, rule="half")
+    assert (row.ideal_num_groups, row.num_groups) == (16, 16)
+    assert group_table(model, ["half"])[0]["half G"] == resolve_num_groups("half", 64, 32) == 16
 
 
 @pytest.mark.parametrize("out_channels", [64, 128, 256, 512])

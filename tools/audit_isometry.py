@@ -38,7 +38,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Run batches forward and backward and report A, B, C and K, the ratios of the "
         "gradient's variance over the weight layer, the norm, the activation and the whole of "
-        "every unit block, beside Eq. 31 and the exact factor. docs/audit.md explains the table.",
+        "every unit block, beside Eq. 31 and the exact factor. The table shows K; the files have "
+        "all. docs/audit.md explains it.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -62,16 +63,12 @@ def parse_args() -> argparse.Namespace:
     for name in ("num_batches", "images_per_batch", "image_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    split_overrides(args)
+    # After parsing: importing Detectron2 takes seconds, and --help should not.
+    from gn_practical.training.config.overrides import split_overrides
+
+    args.groups, swallowed = split_overrides(args.groups)
+    args.opts = swallowed + args.opts
     return args
-
-
-def split_overrides(args: argparse.Namespace) -> None:
-    """Give back the overrides that --groups, which takes any number of words, has swallowed."""
-    keys = [index for index, word in enumerate(args.groups) if word.isupper()]
-    if keys:
-        args.opts = args.groups[keys[0] :] + args.opts
-        args.groups = args.groups[: keys[0]]
 
 
 def audit(args: argparse.Namespace) -> None:
@@ -99,7 +96,7 @@ def audit(args: argparse.Namespace) -> None:
     batches = synthetic_batches(cfg, args) if args.synthetic else real_batches(cfg, args)
     rows = audit_isometry(model.train(), batches, groups=args.groups, seed=args.seed, progress=True)
     folder = os.path.join(cfg.OUTPUT_DIR, "audit")
-    print(save_audit(rows, folder, vars(args)))
+    print(save_audit(rows, folder, {**vars(args), "weights": cfg.MODEL.WEIGHTS}))
     print(f"{len(blocks)} unit blocks; table, JSON, CSV and picture are in {folder}")
 
 
@@ -174,9 +171,8 @@ def synthetic_sample(cfg: "CfgNode", size: int, rng: random.Random) -> dict[str,
 
 
 def main() -> None:
-    """Run, ending with one clear error where the user can mend it."""
+    """Run, ending with one clear error that says what to change."""
     args = parse_args()
-    # After parsing: importing Detectron2 takes seconds, and --help should not.
     from gn_practical.training.engine.run import one_clear_error
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

@@ -15,8 +15,15 @@ Row = dict[str, object]
 SUFFIXES = (".md", ".csv", ".json", ".txt")
 
 
-def format_rows(rows: Sequence[Row], style: str = "text") -> str:
+def format_rows(rows: Sequence[Row], style: str = "text", width: int = 0) -> str:
     """Render rows as "text", "md" (markdown), "csv" or "json".
+
+    Args:
+        rows: dicts with the same keys.
+        style: one of the four.
+        width: characters that a line of text may have, 0 for any number: numbers have three
+            digits then, titles break at spaces, and the first column loses the beginning of what
+            is too long.
 
     Example:
         >>> print(format_rows([{"G": 1, "K": 0.53125}], "csv"), end="")
@@ -31,8 +38,32 @@ def format_rows(rows: Sequence[Row], style: str = "text") -> str:
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue()
+    if style == "text" and width:
+        return _fit(rows, width)
     kind = "github" if style == "md" else "simple"
     return tabulate(rows, headers="keys", tablefmt=kind, floatfmt=".5g", missingval="-") + "\n"
+
+
+def _fit(rows: Sequence[Row], width: int) -> str:
+    titles = [title.split() for title in rows[0]]
+    high = max(map(len, titles))
+    table = [[([""] * high + title)[-high:][line] for title in titles] for line in range(high)]
+    table += [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    table.insert(high, ["-" * wide for wide in widths])
+    room = min(widths[0], width - sum(wide + 2 for wide in widths[1:]))
+    lines = []
+    for name, *cells in table:
+        name = name if len(name) <= room or set(name) == {"-"} else f"…{name[1 - room :]}"
+        numbers = (cell.rjust(wide) for cell, wide in zip(cells, widths[1:], strict=True))
+        lines.append("  ".join((name[:room].ljust(room), *numbers)))
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def save_rows(rows: Sequence[Row], path: str | Path) -> None:

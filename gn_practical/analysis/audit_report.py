@@ -13,20 +13,19 @@ from matplotlib.figure import Figure
 from gn_practical.analysis import Row, format_rows, save_rows
 from gn_practical.analysis.recorder import BlockAudit
 
+# What the text shows of a block; the files hold everything.
 _COLUMNS = {
     "layer": "layer",
     "in_channels": "in",
     "out_channels": "out",
     "num_groups": "G",
     "activation": "act",
-    "A": "A",
-    "B": "B",
-    "C": "C",
     "K": "K",
     "K_paper": "Eq. 31",
     "K_exact": "exact",
     "product": "product",
 }
+_WIDTH = 100
 _COLOURS = ("C0", "C3", "C2", "C4", "C1", "C5")
 
 
@@ -36,7 +35,8 @@ def save_audit(rows: Sequence[BlockAudit], folder: str | Path, about: dict[str, 
     Args:
         rows: from :func:`~gn_practical.analysis.audit.audit_isometry`.
         folder: made if it is not there.
-        about: what was run (config, batches, seed), kept in the JSON.
+        about: what was run (config_file, weights, batches, seed), kept in the JSON; the first two
+            name the picture.
 
     Example:
         >>> save_audit(rows, "output/audit", {"seed": 0})  # doctest: +SKIP
@@ -49,7 +49,9 @@ def save_audit(rows: Sequence[BlockAudit], folder: str | Path, about: dict[str, 
     content = {**about, "blocks": records}
     (folder / "audit.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     save_rows(records, folder / "audit.csv")
-    plot_audit(rows, folder / "audit.png")
+    model = Path(about.get("config_file", "model")).stem
+    weights = about.get("weights") or "random"
+    plot_audit(rows, folder / "audit.png", f"{model}, weights: {weights}")
     return text
 
 
@@ -64,7 +66,9 @@ def format_audit(rows: Sequence[BlockAudit]) -> str:
         table: list[Row] = [
             {title: getattr(b, name) for name, title in _COLUMNS.items()} for b in blocks
         ]
-        parts.append(f"groups: {choice}, {len(blocks)} unit blocks\n{format_rows(table)}")
+        parts.append(
+            f"groups: {choice}, {len(blocks)} unit blocks\n{format_rows(table, width=_WIDTH)}"
+        )
     return "\n".join([*parts, format_summary(rows)])
 
 
@@ -92,10 +96,10 @@ def format_summary(rows: Sequence[BlockAudit]) -> str:
                 "exact": longest.product_exact,
             }
         )
-    return format_rows(lines)
+    return format_rows(lines, width=_WIDTH)
 
 
-def plot_audit(rows: Sequence[BlockAudit], path: str | Path) -> None:
+def plot_audit(rows: Sequence[BlockAudit], path: str | Path, title: str = "") -> None:
     """Draw K of each block, a panel for each choice of groups, and the running products below.
 
     Blocks stand in the order of the forward pass. The lines of the running products follow the
@@ -129,7 +133,8 @@ def plot_audit(rows: Sequence[BlockAudit], path: str | Path) -> None:
         panels[-1].plot([], [], style, color="black", label=label)
     panels[-1].legend(loc="best", fontsize="small", ncols=2)
     panels[-1].set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
-    figure.suptitle("Variance of the gradient: block input over block output", x=0.01, ha="left")
+    what = "K: variance of the gradient, block input over block output"
+    figure.suptitle("\n".join(filter(None, (title, what))), x=0.01, ha="left")
     figure.savefig(path, dpi=110)
 
 

@@ -1,18 +1,25 @@
 """The unit blocks of a model: its group norms and the layers that feed them."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
-from gn_practical.modeling.binding import find_producers, layer_channels
-from gn_practical.num_groups import practical_num_groups
+from gn_practical.modeling.binding import (
+    Producer,
+    bound_to,
+    find_producers,
+    layer_channels,
+    producer_paths,
+)
+from gn_practical.num_groups import resolve_num_groups
 
 
 class UnitBlock(NamedTuple):
     """A group norm and the weight layer that feeds it, each with its path in the model.
 
-    ``layer`` is None where it cannot be inferred; ``in_channels`` too, unless the norm was told.
+    ``layer`` is None where it is not known or not one layer; ``in_channels`` too, unless the norm
+    was told. ``gain_ratio`` is F / B of the activation that the norm was bound for.
     """
 
     path: str
@@ -20,10 +27,20 @@ class UnitBlock(NamedTuple):
     layer_path: str
     layer: nn.Module | None
     in_channels: int | None
+    gain_ratio: float
+
+    def groups(self, choice: str | int) -> int:
+        """Return the number of groups that a choice means: "model" as it is, or a resolved one."""
+        if choice == "model":
+            return self.norm.num_groups
+        channels = (self.in_channels or 1, self.norm.num_channels)
+        return resolve_num_groups(choice, *channels, self.gain_ratio)
 
 
 def find_unit_blocks(model: nn.Module) -> list[UnitBlock]:
     """List the group norms of a model, PGN and plain, with the layers that feed them.
+
+    A PGN norm says what it was bound to; what feeds a plain one is what the modules tell.
 
     Raises:
         ValueError: for a model without group norms, or with PGN norms that are not bound.
@@ -41,11 +58,12 @@ def find_unit_blocks(model: nn.Module) -> list[UnitBlock]:
     unbound = [path for path, norm in norms.items() if not norm.num_groups]
     if unbound:
         raise ValueError(
-            f"PGN layers must be bound, got {len(unbound)} that are not: {', '.join(unbound[:8])}. "
+            f"PGN layers must be bound, got {len(unbound)} that are not, at {_some(unbound)}. "
             "Call gn_practical.bind_group_norms(model) first."
         )
-    producers = {p.norm_path: p for p in find_producers(model)}
-    return [_unit_block(path, norm, producers.get(path)) for path, norm in norms.items()]
+    modules = dict(model.named_modules())
+    told = {id(producer.norm): producer for producer in find_producers(model)}
+    return [_unit_block(path, norm, modules, told.get(id(norm))) for path, norm in norms.items()]
 
 
 def choose_groups(choice: str | int, blocks: Sequence[UnitBlock]) -> list[int]:
@@ -59,41 +77,51 @@ def choose_groups(choice: str | int, blocks: Sequence[UnitBlock]) -> list[int]:
         >>> choose_groups("practical", blocks), choose_groups("instance", blocks)
         ([8], [32])
     """
-    if str(choice).isdecimal() and int(choice) > 0:
-        _check_divides(int(choice), blocks)
-        return [int(choice)] * len(blocks)
-    if choice == "model":
-        return [block.norm.num_groups for block in blocks]
-    if choice == "instance":
-        return [block.norm.num_channels for block in blocks]
-    if choice not in ("practical", "exact"):
+    groups = [block.groups(choice) for block in blocks]
+    if choice not in ("model", "instance") and not str(choice).isdecimal():
+        check_in_channels(blocks)
+    wrong = [
+        f"{b.path} ({b.norm.num_channels})"
+        for b, number in zip(blocks, groups, strict=True)
+        if b.norm.num_channels % number
+    ]
+    if wrong:
         raise ValueError(
-            "groups must be model, practical, exact, instance or a positive number, got "
-            f"groups={choice!r}. Choose among these."
+            f"groups must divide the channels of every norm, got groups={choice} for "
+            f"{_some(wrong)}. Choose a common divisor, practical, exact or instance."
         )
+    return groups
+
+
+def check_in_channels(blocks: Sequence[UnitBlock]) -> None:
+    """Raise ValueError, with their paths, if there are blocks whose input channels are not known.
+
+    Example:
+        >>> check_in_channels([])
+    """
     unknown = [block.path for block in blocks if block.in_channels is None]
     if unknown:
         raise ValueError(
-            f"groups={choice} must know the input channels of every norm, got none for "
-            f"{', '.join(unknown[:8])}. Make these PGN layers and give MODEL.PGN.IN_CHANNELS."
+            "every norm must follow a weight layer of its channels, got none that is known for "
+            f"{_some(unknown)}. Make these PGN layers and give MODEL.PGN.IN_CHANNELS, or "
+            "bind_group_norms their in_channels or example_inputs."
         )
-    rule = "paper" if choice == "practical" else "exact"
-    return [practical_num_groups(b.in_channels, b.norm.num_channels, rule=rule) for b in blocks]
 
 
-def _unit_block(path: str, norm: nn.GroupNorm, producer: Any) -> UnitBlock:
-    told = getattr(norm, "in_channels", None)
-    if producer is None:
-        return UnitBlock(path, norm, "", None, told)
-    n_in = told or layer_channels(producer.layer)[0]
-    return UnitBlock(path, norm, producer.path, producer.layer, n_in)
+def _unit_block(
+    path: str, norm: nn.GroupNorm, modules: dict[str, nn.Module], told: Producer | None
+) -> UnitBlock:
+    n_in, ratio = getattr(norm, "in_channels", None), bound_to(norm).gain_ratio
+    bound = producer_paths(path, norm)
+    if bound:
+        layer = modules.get(bound[0]) if len(bound) == 1 else None
+        return UnitBlock(path, norm, ", ".join(bound), layer, n_in, ratio)
+    if told is None:
+        return UnitBlock(path, norm, "", None, n_in, ratio)
+    return UnitBlock(
+        path, norm, told.path, told.layer, n_in or layer_channels(told.layer)[0], ratio
+    )
 
 
-def _check_divides(number: int, blocks: Sequence[UnitBlock]) -> None:
-    wrong = [f"{b.path} ({b.norm.num_channels})" for b in blocks if b.norm.num_channels % number]
-    if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise ValueError(
-            f"groups must divide the channels of every norm, got groups={number} for "
-            f"{', '.join(wrong[:8])}{more}. Choose a common divisor, practical, exact or instance."
-        )
+def _some(items: Sequence[str], most: int = 8) -> str:
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if items[most:] else "")

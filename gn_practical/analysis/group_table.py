@@ -5,13 +5,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from gn_practical.analysis import Row
-from gn_practical.analysis.blocks import UnitBlock, find_unit_blocks
+from gn_practical.analysis.blocks import UnitBlock, check_in_channels, find_unit_blocks
 from gn_practical.analysis.exact_factor import exact_factor
-from gn_practical.num_groups import (
-    gradient_variance_ratio,
-    ideal_num_groups,
-    practical_num_groups,
-)
+from gn_practical.num_groups import gradient_variance_ratio, ideal_num_groups
 
 CHOICES = ("practical", "exact", 32, 1)
 
@@ -26,8 +22,9 @@ def group_table(model: nn.Module, choices: Sequence[str | int] = CHOICES) -> lis
 
     Args:
         model: any module with group norms, PGN ones bound; may be on the meta device.
-        choices: "practical" (Algorithm 1), "exact" (the exact rule), "model" (as they are), or a
-            number. A number that does not divide a layer's channels leaves its cells empty.
+        choices: "model" (as they are), or what
+            :func:`~gn_practical.num_groups.resolve_num_groups` takes. A number that does not
+            divide a layer's channels leaves its cells empty.
 
     Raises:
         ValueError: for a model without group norms, a norm whose input channels are not known, or
@@ -39,48 +36,49 @@ def group_table(model: nn.Module, choices: Sequence[str | int] = CHOICES) -> lis
         (8, 1.0, 1.0)
     """
     blocks = find_unit_blocks(model)
-    unknown = [block.path for block in blocks if block.in_channels is None]
-    if unknown:
-        raise ValueError(
-            "every norm must follow a weight layer of its channels, got none for "
-            f"{', '.join(unknown[:8])}. Make these PGN layers and give MODEL.PGN.IN_CHANNELS."
-        )
+    check_in_channels(blocks)
     return [_row(block, choices) for block in blocks]
 
 
+def reading_columns(rows: Sequence[Row]) -> list[Row]:
+    """Keep the columns that fit on a screen: of a choice by number K alone, of others G and K.
+
+    Args:
+        rows: as :func:`group_table` returns them.
+
+    Example:
+        >>> reading_columns([{"layer": "1", "G=32 G": 32, "G=32 K": 1.0, "G=32 K exact": 1.1}])
+        [{'layer': '1', 'G=32 K': 1.0}]
+    """
+    return [
+        {
+            title: value
+            for title, value in row.items()
+            if not title.endswith("K exact") and not (title[:2] == "G=" and title[-1] == "G")
+        }
+        for row in rows
+    ]
+
+
 def _row(block: UnitBlock, choices: Sequence[str | int]) -> Row:
-    n_in, n_out = block.in_channels, block.norm.num_channels
-    row: Row = {
-        "layer": block.path,
-        "in": n_in,
-        "out": n_out,
-        "G_ideal": float(ideal_num_groups(n_in, n_out)),
-    }
+    channels = (block.in_channels, block.norm.num_channels)
+    ideal = float(ideal_num_groups(*channels, block.gain_ratio))
+    row: Row = {"layer": block.path, "in": channels[0], "out": channels[1], "G_ideal": ideal}
     for choice in choices:
-        groups = _groups(choice, block)
-        divides = n_out % groups == 0
+        groups = block.groups(choice)
         title = f"G={choice}" if str(choice).isdecimal() else choice
-        row[f"{title} G"] = groups if divides else None
-        row[f"{title} K"] = gradient_variance_ratio(n_in, n_out, groups) if divides else None
-        row[f"{title} K exact"] = _exact_ratio(n_in, n_out, groups) if divides else None
+        if channels[1] % groups:
+            values = (None, None, None)
+        else:
+            paper = gradient_variance_ratio(*channels, groups, block.gain_ratio)
+            values = (groups, paper, _exact_ratio(block, groups))
+        names = (f"{title} G", f"{title} K", f"{title} K exact")
+        row.update(zip(names, values, strict=True))
     return row
 
 
-def _groups(choice: str | int, block: UnitBlock) -> int:
-    if str(choice).isdecimal() and int(choice) > 0:
-        return int(choice)
-    if choice == "model":
-        return block.norm.num_groups
-    if choice not in ("practical", "exact"):
-        raise ValueError(
-            "groups must be practical, exact, model or a positive number, got "
-            f"groups={choice!r}. Choose among these."
-        )
-    rule = "paper" if choice == "practical" else "exact"
-    return practical_num_groups(block.in_channels, block.norm.num_channels, rule=rule)
-
-
-def _exact_ratio(in_channels: int, out_channels: int, num_groups: int) -> float | None:
+def _exact_ratio(block: UnitBlock, num_groups: int) -> float | None:
     """Return Eq. 31 with the exact factor; None for groups of one value, which pass no gradient."""
-    size = out_channels // num_groups
-    return out_channels / in_channels * exact_factor(size) if size > 1 else None
+    n_in, n_out = block.in_channels, block.norm.num_channels
+    size = n_out // num_groups
+    return n_out / n_in * exact_factor(size) / block.gain_ratio if size > 1 else None

@@ -289,7 +289,9 @@ def _row(choice: str, meter: _Meter, parent: BlockAudit | None) -> BlockAudit:
     block = meter.block
     n_out, groups = block.norm.num_channels, meter.num_groups
     measured = {name: meter.ratio(name) for name in RATIOS}
-    paper = gradient_variance_ratio(block.in_channels, n_out, groups) if block.in_channels else None
+    paper = None
+    if block.in_channels:
+        paper = gradient_variance_ratio(block.in_channels, n_out, groups, block.gain_ratio)
     exact = _exact_ratio(meter)
     return BlockAudit(
         choice=choice,

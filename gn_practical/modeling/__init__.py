@@ -1,7 +1,7 @@
 """How the layers reach a model: registration, binding, weight standardization, building."""
 
-from gn_practical.modeling.binding import GroupNormBinding, bind_group_norms
-from gn_practical.modeling.build import bind_model, build_model
+from gn_practical.modeling.binding import GroupNormBinding, bind_group_norms, group_norm_bindings
+from gn_practical.modeling.build import build_model
 from gn_practical.modeling.conversion import convert_to_ws
 from gn_practical.modeling.fusion import fuse_norms
 from gn_practical.modeling.registration import register_norm, register_pgn, unregister_pgn
@@ -9,10 +9,10 @@ from gn_practical.modeling.registration import register_norm, register_pgn, unre
 __all__ = [
     "GroupNormBinding",
     "bind_group_norms",
-    "bind_model",
     "build_model",
     "convert_to_ws",
     "fuse_norms",
+    "group_norm_bindings",
     "register_norm",
     "register_pgn",
     "unregister_pgn",

@@ -1,23 +1,24 @@
 """Each norm gets the channels of the weight layer that feeds it, and from them its groups."""
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from gn_practical.layers.protocol import BindableNorm, norm_channels
+from gn_practical.modeling.sources import Feed, combine, observe
 from gn_practical.num_groups import (
+    RULES,
+    check_rule,
     gradient_variance_ratio,
-    ideal_num_groups,
-    practical_num_groups,
+    resolve_num_groups,
 )
 
 # One (pattern, value) entry of a config key.
 PatternValues = Sequence[tuple[str, int]]
-# In place of a number of groups: as many as the layer has channels, which is instance norm.
-ALL_CHANNELS = -1
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,12 @@ class GroupNormBinding:
 
     Attributes:
         norm: path of the norm in the model.
-        producer: path of the weight layer before it; empty where the user gave the channels.
+        producer: path of the weight layer before it, several separated by commas; empty where the
+            user gave the channels.
         in_channels: n_in of the weight layer.
         out_channels: n_out of the weight layer, the channels of the norm.
-        ideal_num_groups: G_ideal of Eq. 32, before clipping.
+        rule: the rule that applies, a name in ``gn_practical.num_groups.RULES``.
+        ideal_num_groups: G_ideal of that rule, before clipping.
         num_groups: G as set.
         gradient_variance_ratio: K(G) of Eq. 31.
     """
@@ -38,6 +41,7 @@ class GroupNormBinding:
     producer: str
     in_channels: int
     out_channels: int
+    rule: str
     ideal_num_groups: float
     num_groups: int
     gradient_variance_ratio: float
@@ -52,35 +56,67 @@ class Producer(NamedTuple):
     layer: nn.Module
 
 
+class BoundTo(NamedTuple):
+    """What ``bind_group_norms`` leaves on a norm, as ``norm.bound_to``, for the table of groups.
+
+    ``producers`` are the layers that feed it: names to go up from the norm, and the path down.
+    """
+
+    producers: tuple[tuple[int, str], ...] = ()
+    rule: str = "paper"
+    gain_ratio: float = 1.0
+
+
+def bound_to(norm: nn.Module) -> BoundTo:
+    """Return what a norm was bound to; the defaults for one bound by hand, or of another kind.
+
+    Example:
+        >>> bound_to(nn.GroupNorm(1, 8)).rule
+        'paper'
+    """
+    return getattr(norm, "bound_to", BoundTo())
+
+
 def bind_group_norms(
     model: nn.Module,
-    num_groups: int = 0,
+    num_groups: int | str = 0,
     *,
     rule: str = "paper",
     gain_ratio: float = 1,
     layer_num_groups: PatternValues = (),
     in_channels: PatternValues = (),
+    example_inputs: Any = None,
 ) -> list[GroupNormBinding]:
     """Bind every ``PracticalGroupNorm`` of ``model`` to the layer that feeds it, in place.
 
-    A norm belongs to the layer whose attribute it is (``conv.norm``), or else to the nearest
-    weight layer before it among its siblings (``conv1, bn1, conv2, bn2``; ``Sequential``). Where
-    that layer's output channels differ from the norm's, or two norms claim one layer, nothing is
-    guessed.
+    Without ``example_inputs`` a norm belongs to the layer whose attribute it is (``conv.norm``), or
+    else to the nearest weight layer before it among its siblings (``conv1, bn1, conv2, bn2``;
+    ``Sequential``). Where that layer's output channels differ from the norm's, or two norms claim
+    one layer, nothing is guessed. Modules do not tell in which order they run: where a norm may
+    come before its convolution, or be fed by several layers, give ``example_inputs``.
+
+    With them a copy of the model runs once, and each norm that runs is bound to the layers whose
+    outputs its input is made of, whatever the modules look like; the model is left as it was.
+    Where several layers feed a norm, by concatenation (DenseNet) or by sums (a residual stream),
+    they count as the one layer that they form: n_out is the norm's channels, and n_in the
+    channels of all their inputs, an input that they share once. With He's weights K, taken over
+    all these inputs, is then Eq. 31. Norms that do not run keep what the modules tell.
 
     Args:
         model: any module; Detectron2's, torchvision's or your own.
-        num_groups: 0 for ``rule``, layer by layer; or one number for all layers; -1 for as many
-            groups as channels.
+        num_groups: 0 for ``rule``, layer by layer; or a number for all layers, or a name that
+            :func:`~gn_practical.num_groups.resolve_num_groups` knows.
         rule: "paper" (Algorithm 1) or "exact", see :func:`practical_num_groups`.
         gain_ratio: F / B of the activation after the norms, 1 for the ReLU family; see
             :func:`gn_practical.activation_gain.gain_ratio`.
         layer_num_groups: (pattern, number of groups) for single norms, by shell-style pattern on
             their path; the last match wins.
         in_channels: (pattern, input channels) for norms whose producer cannot be inferred.
+        example_inputs: what the model is called with, a tuple for several arguments; or a function
+            that runs the model it is given.
 
     Returns:
-        One entry a norm, in the order of the model.
+        One entry a norm, in the order of the model; empty, with a warning, if there is none.
 
     Raises:
         ValueError: if a norm's producer cannot be inferred, a number of groups does not divide a
@@ -94,36 +130,80 @@ def bind_group_norms(
         >>> len(table), model.bn1
         (20, PracticalGroupNorm(3 -> 64, num_groups=1, eps=1e-05, affine=True))
     """
-    norms = {p: m for p, m in model.named_modules() if isinstance(m, BindableNorm)}
+    norms = _norms(model)
+    if not norms:
+        warnings.warn(
+            f"{type(model).__name__} has no PGN norm, so nothing was bound. What built it may have "
+            "dropped the norm_layer or NORM that it was given.",
+            stacklevel=2,
+        )
+    check_rule(rule)
     given = _match(in_channels, norms, "in_channels")
     groups = _match(layer_num_groups, norms, "layer_num_groups")
-    producers = {p.norm_path: p for p in find_producers(model) if p.norm_path in norms}
-    _raise_unbound(model, [p for p in norms if p not in producers and p not in given])
-    table = []
+    feeds, reasons = _find_feeds(model, norms, example_inputs)
+    feeds.update({path: Feed((), channels) for path, channels in given.items()})
+    _raise_unbound(model, {path: reasons[path] for path in norms if path not in feeds})
     for path, norm in norms.items():
-        producer = producers.get(path)
-        n_in = given[path] if path in given else layer_channels(producer.layer)[0]
-        chosen = groups.get(path, num_groups)
-        chosen = norm.num_channels if chosen == ALL_CHANNELS else chosen
-        chosen = chosen or practical_num_groups(n_in, norm.num_channels, gain_ratio, rule)
-        _bind(norm, path, n_in, chosen)
-        table.append(_describe(norm, path, producer.path if producer else "", gain_ratio))
-    return table
+        choice = groups.get(path, num_groups) or rule
+        producers, n_in = feeds[path]
+        near = tuple(_relative(path, producer) for producer in producers)
+        try:
+            number = resolve_num_groups(choice, n_in, norm.num_channels, gain_ratio)
+            norm.bind(n_in, number)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        norm.bound_to = BoundTo(near, rule, gain_ratio)
+    return group_norm_bindings(model)
+
+
+def group_norm_bindings(model: nn.Module) -> list[GroupNormBinding]:
+    """Return the table of groups of a model, as its norms are bound now.
+
+    Args:
+        model: any module; norms that are not bound are left out.
+
+    Example:
+        >>> from gn_practical import PracticalGroupNorm
+        >>> model = nn.Sequential(nn.Linear(64, 32), PracticalGroupNorm(32))
+        >>> group_norm_bindings(model) == bind_group_norms(model)
+        True
+    """
+    return [_describe(path, norm) for path, norm in _norms(model).items() if norm.in_channels]
 
 
 def find_producers(model: nn.Module) -> list[Producer]:
-    """List the norms of a model with the weight layer that feeds each, where that is certain.
+    """List the norms of a model with the weight layer that feeds each, where the modules tell.
 
     Norms of any kind are listed: batch, group and layer norms, Detectron2's and torch's. A norm
-    is left out where the layer before it has other channels, or where another norm claims the
-    same layer.
+    is left out where the layer before it has other channels, where another norm claims the same
+    layer, or where the norm, shared, claims several.
 
     Args:
         model: any module.
     """
-    claims = list(_claims(model))
-    claimed = [id(c.layer) for c in claims]
-    return [c for c in claims if claimed.count(id(c.layer)) == 1]
+    claims: dict[tuple[int, int], Producer] = {}
+    for claim in _claims(model):
+        claims.setdefault((id(claim.norm), id(claim.layer)), claim)  # one may have two paths
+    norms, layers = [n for n, _ in claims], [layer for _, layer in claims]
+    return [
+        claim
+        for (norm, layer), claim in claims.items()
+        if norms.count(norm) == layers.count(layer) == 1
+    ]
+
+
+def producer_paths(norm_path: str, norm: BindableNorm) -> list[str]:
+    """Return the paths of the weight layers that a norm was bound to.
+
+    Args:
+        norm_path: path of the norm now; the model may be part of another since it was bound.
+        norm: a norm that is bound.
+    """
+    names = norm_path.split(".")
+    return [
+        ".".join(filter(None, (*names[: max(len(names) - up, 0)], below)))
+        for up, below in bound_to(norm).producers
+    ]
 
 
 def layer_channels(layer: nn.Module) -> tuple[int, int]:
@@ -148,6 +228,10 @@ def _channels(layer: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def _norms(model: nn.Module) -> dict[str, BindableNorm]:
+    return {p: m for p, m in model.named_modules() if isinstance(m, BindableNorm)}
+
+
 def _claims(model: nn.Module) -> Iterator[Producer]:
     for parent_path, parent in model.named_modules():
         prefix = f"{parent_path}." if parent_path else ""
@@ -155,32 +239,73 @@ def _claims(model: nn.Module) -> Iterator[Producer]:
         for name, child in parent.named_children():
             if _channels(child):
                 last = (prefix + name, child)
+            elif any(map(_channels, child.modules())):
+                last = None  # its last layer, whichever that is, is nearer
             channels = norm_channels(child)
             if channels and last and _channels(last[1])[1] == channels:
                 yield Producer(prefix + name, child, *last)
 
 
-def _bind(norm: BindableNorm, path: str, in_channels: int, num_groups: int) -> None:
-    try:
-        norm.bind(in_channels, num_groups)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+def _find_feeds(
+    model: nn.Module, norms: dict[str, BindableNorm], example_inputs: Any
+) -> tuple[dict[str, Feed], dict[str, str]]:
+    """Return what feeds each norm, and why that is not known of the others."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    claims = {paths[id(p.norm)]: p for p in find_producers(model)}
+    claims = {path: claims[path] for path in norms if path in claims}
+    feeds = {path: Feed((paths[id(c.layer)],), _channels(c.layer)[0]) for path, c in claims.items()}
+    reasons = dict.fromkeys(norms, "its siblings do not tell which weight layer runs before it")
+    if example_inputs is None:
+        return feeds, reasons
+    layers = {path: channels for path, m in model.named_modules() if (channels := _channels(m))}
+    calls, order = observe(model, _runner(example_inputs), layers, norms)
+    for path, sources in calls.items():
+        if any(sources):
+            found = combine(sources, layers, norms[path].num_channels)
+        elif path in feeds and order.get(feeds[path].producers[0], len(order)) < order[path]:
+            continue  # its layer ran before it, by functions that torch does not show
+        else:
+            found = "no weight layer was seen to feed it"
+        feeds.pop(path, None)
+        if isinstance(found, str):
+            reasons[path] = found
+        else:
+            feeds[path] = found
+    return feeds, reasons
 
 
-def _describe(norm: BindableNorm, path: str, producer: str, gain_ratio: float) -> GroupNormBinding:
+def _relative(norm_path: str, path: str) -> tuple[int, str]:
+    """Return the way from a norm to a layer: names to go up, and the path down from there."""
+    names, others = norm_path.split("."), path.split(".")
+    shared = 0
+    while names[shared : shared + 1] == others[shared : shared + 1]:
+        shared += 1
+    return len(names) - shared, ".".join(others[shared:])
+
+
+def _runner(example_inputs: Any) -> Callable[[nn.Module], Any]:
+    if callable(example_inputs):
+        return example_inputs
+    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    return lambda model: model(*arguments)
+
+
+def _describe(path: str, norm: BindableNorm) -> GroupNormBinding:
     channels = (norm.in_channels, norm.num_channels)
+    _, rule, gain_ratio = bound_to(norm)
     return GroupNormBinding(
         norm=path,
-        producer=producer,
+        producer=", ".join(producer_paths(path, norm)),
         in_channels=norm.in_channels,
         out_channels=norm.num_channels,
-        ideal_num_groups=float(ideal_num_groups(*channels, gain_ratio)),
+        rule=rule,
+        ideal_num_groups=float(RULES[rule](*channels, gain_ratio)),
         num_groups=norm.num_groups,
         gradient_variance_ratio=gradient_variance_ratio(*channels, norm.num_groups, gain_ratio),
     )
 
 
-def _match(entries: PatternValues, norms: dict[str, nn.Module], name: str) -> dict[str, int]:
+def _match(entries: PatternValues, norms: dict[str, Any], name: str) -> dict[str, int]:
     """Expand patterns to paths; later entries win."""
     matched: dict[str, int] = {}
     for entry in entries:
@@ -199,17 +324,24 @@ def _match(entries: PatternValues, norms: dict[str, nn.Module], name: str) -> di
     return matched
 
 
-def _raise_unbound(model: nn.Module, paths: list[str]) -> None:
-    if not paths:
+def _raise_unbound(model: nn.Module, reasons: dict[str, str]) -> None:
+    if not reasons:
         return
+    modules = dict(model.named_modules())
+    lines = [
+        f"{type(modules[path]).__name__} of {modules[path].num_channels} channels at {path!r} in "
+        f"{type(modules[path.rpartition('.')[0]]).__name__} ({reason})"
+        for path, reason in reasons.items()
+    ]
     raise ValueError(
-        f"every PGN layer must follow a weight layer of its channels, got {len(paths)} in "
-        f"{type(model).__name__} whose input cannot be inferred: {_some(paths)}. Give the input "
-        "channels of the layer that feeds them: MODEL.PGN.IN_CHANNELS "
-        f'((("{paths[0]}", 256),) for example) or bind_group_norms(model, in_channels=...).'
+        f"every PGN layer must follow a weight layer of its channels, got {len(lines)} in "
+        f"{type(model).__name__} whose input channels are not known: {_some(lines)}. Let a run "
+        "show them, bind_group_norms(model, example_inputs=...), or give them: "
+        f'MODEL.PGN.IN_CHANNELS (("{next(iter(reasons))}", 256),) or '
+        "bind_group_norms(model, in_channels=...)."
     )
 
 
-def _some(paths: list[str], most: int = 20) -> str:
-    more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return (", ".join(paths[:most]) or "none") + more
+def _some(items: list[str], most: int = 8) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return (", ".join(items[:most]) or "none") + more

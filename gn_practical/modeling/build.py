@@ -2,6 +2,7 @@
 
 import logging
 
+import torch
 from detectron2 import modeling
 from detectron2.config import CfgNode
 from tabulate import tabulate
@@ -10,6 +11,7 @@ from torch import nn
 from gn_practical.activation_gain import gain_ratio
 from gn_practical.config import check_pgn_config
 from gn_practical.layers.backends import backend
+from gn_practical.layers.protocol import BindableNorm
 from gn_practical.layers.recomputation import recompute_outputs
 from gn_practical.modeling.binding import GroupNormBinding, bind_group_norms
 from gn_practical.modeling.conversion import convert_to_ws
@@ -77,6 +79,8 @@ def bind_model(model: nn.Module, cfg: CfgNode) -> list[GroupNormBinding]:
     for module in model.modules():
         if hasattr(module, "allow_degenerate"):
             module.allow_degenerate = pgn.ALLOW_DEGENERATE
+    if not any(isinstance(module, BindableNorm) for module in model.modules()):
+        return []
     return bind_group_norms(
         model,
         pgn.NUM_GROUPS,
@@ -84,7 +88,22 @@ def bind_model(model: nn.Module, cfg: CfgNode) -> list[GroupNormBinding]:
         gain_ratio=gain_ratio(pgn.ACTIVATION),
         layer_num_groups=pgn.LAYER_NUM_GROUPS,
         in_channels=pgn.IN_CHANNELS,
+        example_inputs=_run_backbone,
     )
+
+
+def _run_backbone(model: nn.Module) -> None:
+    """Run the backbone on the meta device, without memory or arithmetic, as far as it goes.
+
+    The heads need proposals, which have no shape before they have values.
+    """
+    try:
+        backbone = model.backbone.to("meta")
+        square = backbone.padding_constraints.get("square_size", 0)
+        size = square or 2 * max(backbone.size_divisibility, 32)
+        backbone(torch.empty(1, len(model.pixel_mean), size, size, device="meta"))
+    except Exception as error:  # of other people's backbones: the modules alone tell
+        logging.getLogger(__name__).debug("No trial run of the backbone: %s", error)
 
 
 def format_bindings(table: list[GroupNormBinding]) -> str:

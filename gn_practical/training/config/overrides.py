@@ -23,3 +23,17 @@ def override_pairs(opts: Sequence[Any]) -> dict[Any, Any]:
             "Quote values that hold spaces."
         )
     return dict(zip(opts[::2], opts[1::2], strict=True))
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part the words of an option that takes any number of them from the overrides behind it.
+
+    Args:
+        words: what argparse gave to the option; a key is the first word in capitals.
+
+    Example:
+        >>> split_overrides(["exact", "32", "SEED", "1"])
+        (['exact', '32'], ['SEED', '1'])
+    """
+    first = next((index for index, word in enumerate(words) if word.isupper()), len(words))
+    return list(words[:first]), list(words[first:])

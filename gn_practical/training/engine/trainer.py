@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
 
-from gn_practical.modeling import bind_model, build_model
+from gn_practical.modeling import build_model, group_norm_bindings
 from gn_practical.training.atomic import write_json
 from gn_practical.training.checkpoint import GroupsCheckpointer
 from gn_practical.training.config.errors import not_for_config
@@ -175,7 +175,7 @@ class Trainer(DefaultTrainer):
         model = build_model(cfg)
         check_model(cfg, model)
         if comm.is_main_process():
-            table = [asdict(binding) for binding in bind_model(model, cfg)]
+            table = [asdict(binding) for binding in group_norm_bindings(model)]
             write_json(os.path.join(cfg.OUTPUT_DIR, "num_groups.json"), table, indent=1)
         STOP.check()
         return model

@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 
 from gn_classification.datasets import LabelledImages
 from gn_classification.loaders import AUGMENTATIONS
+from gn_practical.training.config import RunConfig
 from gn_practical.training.config.keys import check_counts
 
 
@@ -157,8 +158,11 @@ def _set_schedule(cfg: CfgNode, num_images: int) -> None:
     if own.STEP_FRACTIONS:
         steps = {int(share * solver.MAX_ITER) for share in own.STEP_FRACTIONS}
         solver.STEPS = tuple(sorted(step for step in steps if 0 < step < solver.MAX_ITER))
+    if own.REFERENCE_BATCH:
         solver.BASE_LR *= solver.IMS_PER_BATCH / own.REFERENCE_BATCH
     # The config that is saved must mean the same when it is used again.
     for key in _IN_EPOCHS:
         own[key] = type(own[key])()
-        overridden.pop(f"CLASSIFICATION.{key}", None)
+    if isinstance(cfg, RunConfig):  # these overrides have been read
+        used = [f"CLASSIFICATION.{key}" for key in _IN_EPOCHS]
+        cfg.overridden[:] = [key for key in cfg.overridden if key not in used]

@@ -67,7 +67,7 @@ REASONS = {
     "keypoints malformed": ERROR,
     **{f"panoptic PNG {state}": severity for state, severity in _OF_A_FILE.items()},
     "panoptic annotation twice": ERROR,
-    "image without annotation": ERROR,
+    "image without annotation": WARNING,
     "segment malformed": ERROR,
     "segment id twice": ERROR,
     "segment in the json alone": ERROR,

@@ -114,7 +114,8 @@ class PanopticTarget(NamedTuple):
         for image_id, index in annotated.items():
             if images.lacks(image_id):
                 detail = f"{image_id=} is not among the images"
-                yield self._fault("annotation of unknown image", index, sound[index], detail=detail)
+                reason = "panoptic annotation of unknown image"
+                yield self._fault(reason, index, sound[index], detail=detail)
         for image_id in images.by_id:
             if image_id not in annotated:
                 detail = "no annotation has its id: it is neither trained nor tested on"

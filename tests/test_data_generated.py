@@ -24,10 +24,8 @@ from gn_practical.training.validation import (
 
 pytestmark = pytest.mark.usefixtures("catalogs_as_before")
 quick = settings(
-    max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
-# Those that a run takes as the official code does; the validator tells of them.
-TAKEN = ("", "image without panoptic annotation")
 
 
 def config_of(files):
@@ -94,7 +92,7 @@ def test_what_cannot_ends_in_one_clear_error(oddity):
     def run(data):
         with tempfile.TemporaryDirectory() as folder:
             cfg = config_of(data.write(Path(folder)))
-            if data.oddity in TAKEN:
+            if not data.oddity:  # the set had no place for it
                 start(cfg)
             else:
                 with pytest.raises(DatasetError, match=r"\S.*(got|first: ).*\S"):

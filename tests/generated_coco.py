@@ -111,12 +111,12 @@ def repr_key(value: object) -> tuple[bool, object]:
 
 
 @st.composite
-def coco_sets(draw: st.DrawFn, odd: bool = False, max_images: int = 4) -> CocoSet:
+def coco_sets(draw: st.DrawFn, odd: bool | str = False, max_images: int = 4) -> CocoSet:
     """Draw a data set.
 
     Args:
         draw: hypothesis's.
-        odd: whether the set may have one of `ODDITIES`.
+        odd: whether the set may have one of `ODDITIES`, or the one that it has.
         max_images: at most so many images.
     """
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -151,7 +151,8 @@ def coco_sets(draw: st.DrawFn, odd: bool = False, max_images: int = 4) -> CocoSe
         id_maps,
     )
     if odd:
-        result.oddity = draw(st.sampled_from(("", *ODDITIES)))
+        choice = st.sampled_from(("", *ODDITIES)) if odd is True else st.just(odd)
+        result.oddity = draw(choice)
         _make_odd(result, draw)
     return result
 

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -15,17 +16,15 @@ from gn_practical.training import add_training_config
 from gn_practical.training.data import (
     CheckedDatasetMapper,
     DatasetError,
-    check_datasets,
-    checks,
     ensure_scenes,
-    file_checks,
     register_datasets,
     registration,
 )
+from gn_practical.training.validation import check_datasets, start
 
 pytestmark = pytest.mark.usefixtures("catalogs_as_before")
 
-SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+TEST_DATA = Path(os.environ.get("GN_PRACTICAL_TEST_DATA", "not given"))
 
 
 @pytest.fixture
@@ -104,7 +103,11 @@ def test_sound_data_passes_and_feeds_a_loader(cfg):
             54,
             r"'own_train_separated', 5, got 54\. Add the override: MODEL\.SEM_SEG_HEAD",
         ),
-        ("INPUT.MASK_FORMAT", "polygon", r"INPUT\.MASK_FORMAT must be 'bitmask' .*got 'polygon'"),
+        (
+            "INPUT.MASK_FORMAT",
+            "polygon",
+            r"RLE but no bitmask .*override: INPUT\.MASK_FORMAT bitmask",
+        ),
         (
             "DATASETS.TRAIN",
             ("coco_2017_train",),
@@ -113,7 +116,7 @@ def test_sound_data_passes_and_feeds_a_loader(cfg):
     ],
 )
 def test_configs_that_do_not_fit(cfg, monkeypatch, key, value, message):
-    monkeypatch.setattr(checks, "check_files_exist", lambda name: None)  # COCO is not there
+    monkeypatch.setattr(start, "_missing_paths", lambda metadata: ())  # COCO is not there
     cfg.merge_from_list([key, value])
     with pytest.raises(DatasetError, match=message):
         check(cfg)
@@ -134,19 +137,19 @@ def test_configs_that_do_not_fit(cfg, monkeypatch, key, value, message):
         ),
         (
             lambda r: (r / "panoptic_stuff_train/000002.png").unlink(),
-            r"got 1 missing: 000002\.png\. Run: python tools/prepare",
+            r"stuff PNG missing \(1\).*000002\.png .*Run: python tools/prepare\S+ --panoptic-json",
         ),
         (
             lambda r: (r / "panoptic_train/000001.png").unlink(),
-            r"All 3 files .*panoptic_train\.json lists.* got 1 missing: 000001\.png",
+            r"panoptic_train\.json: panoptic PNG missing \(1\).*000001\.png",
         ),
         (
             lambda r: [path.unlink() for path in (r / "images/train").iterdir()],
-            r"got 3 missing: 000001\.jpg, 000002\.jpg, 000003\.jpg\. Copy them there",
+            r"image missing \(3\).*000001\.jpg.* Copy the images there",
         ),
         (
             lambda r: Image.new("L", (64, 64), 9).save(r / "panoptic_stuff_train/000001.png"),
-            r"000001\.png must have labels below 5.*got 9\. .* --overwrite",
+            r"stuff PNG label unknown.*000001\.png.*: 9; there are 5 stuff.*Run: python tools",
         ),
         (
             lambda r: (r / "instances_train.json").write_text('{"images": []'),
@@ -154,44 +157,44 @@ def test_configs_that_do_not_fit(cfg, monkeypatch, key, value, message):
         ),
         (
             lambda r: edit(r / "instances_train.json", lambda c: c.pop("images")),
-            r"must have a list 'images' at its top level",
+            r"json unusable .*no list images among its keys",
         ),
         (
             lambda r: edit(
                 r / "instances_train.json", lambda c: c["annotations"][0].update(category_id=77)
             ),
-            r"instances_train\.json must use only ids of its categories, got category_id=77; the 5",
+            r"instances_train\.json: category unknown \(1\).*category_id=77",
         ),
         (
             lambda r: edit(
                 r / "panoptic_train.json",
                 lambda c: c["annotations"][0]["segments_info"][0].update(category_id=77),
             ),
-            r"panoptic_train\.json must use only ids of its categories, got category_id=77",
+            r"panoptic_train\.json: category unknown \(1\).*category_id=77",
         ),
         (
             lambda r: edit(r / "instances_train.json", lambda c: c["annotations"][1].update(id=1)),
-            r"must have ids of their own",
+            r"annotation id twice \(1\).*Number the annotations anew",
         ),
         (
             lambda r: edit(r / "instances_train.json", lambda c: c["annotations"][1].pop("bbox")),
-            r"Every annotation in .*got number 1 without bbox",
+            r"annotation malformed \(1\).*it lacks bbox",
         ),
         (
             lambda r: edit(
                 r / "instances_train.json", lambda c: c["annotations"][1].pop("segmentation")
             ),
-            r"segmentation while MODEL\.MASK_ON is True, got 1 of \d+ without",
+            r"mask missing \(1\).*override: MODEL\.MASK_ON False",
         ),
         (
             lambda r: edit(r / "instances_train.json", lambda c: c["annotations"].clear()),
-            r"must have an image with an instance .*got none in 3 images",
+            r"nothing to train on .*no image has an instance",
         ),
         (
             lambda r: edit(
                 r / "instances_train.json", lambda c: c["categories"][0].update(name="moon")
             ),
-            r"must name category id=1 .*'disc', got 'moon'",
+            r"category of another name .*id=1 is 'moon', not 'disc'",
         ),
         (
             lambda r: edit(
@@ -208,6 +211,34 @@ def test_damaged_data(cfg, root, damage, message):
     assert "\n" not in str(error.value)
 
 
+def test_all_that_is_wrong_comes_in_one_error(cfg, root):
+    (root / "panoptic_val.json").unlink()
+    (root / "images/train/000001.jpg").unlink()
+    edit(root / "instances_train.json", lambda c: c["annotations"][0].update(category_id=77))
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
+    with pytest.raises(DatasetError, match=r"^The data must be sound, got \d errors:\n  1\. ") as e:
+        check(cfg)
+    for part in ("panoptic_val.json", "NUM_CLASSES 5", "image missing", "category_id=77"):
+        assert part in str(e.value)
+
+
+@pytest.mark.parametrize("other", ["instances", "panoptic"])
+def test_jsons_of_different_images_are_refused(cfg, root, other):
+    extra = {"id": 99, "file_name": "000001.jpg", "width": 64, "height": 64}
+    edit(root / f"{other}_train.json", lambda c: c["images"].append(extra))
+    if other == "panoptic":
+        png = {"image_id": 99, "file_name": "000001.png", "segments_info": []}
+        edit(root / "panoptic_train.json", lambda c: c["annotations"].append(png))
+    with pytest.raises(DatasetError, match=r"images differ \(1\).*image 99.*list the same images"):
+        check(cfg)
+
+
+def test_what_training_can_take_is_warned_of(cfg, root, caplog):
+    edit(root / "instances_train.json", lambda c: c["annotations"][0].update(bbox=[0, 0, 9, 0]))
+    check(cfg)
+    assert "box empty (1)" in caplog.text
+
+
 def test_evaluation_needs_the_test_sets_alone(cfg, root):
     for path in (root / "images/train").iterdir():
         path.unlink()
@@ -222,7 +253,7 @@ def test_coco_says_where_it_is_looked_for(cfg, monkeypatch):
     monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
     for name in ("coco_2017_train", "coco_2017_val"):
         root = MetadataCatalog.get(name).image_root.removesuffix(f"/coco/{name[10:]}2017")
-    monkeypatch.setattr(file_checks, "DATASETS_ROOT", root)
+    monkeypatch.setattr(start, "DATASETS_ROOT", root)
     if Path(root, "coco").exists():
         pytest.skip("COCO is there")
     cfg.DATASETS.TRAIN = ("coco_2017_train_panoptic_separated",)
@@ -230,33 +261,36 @@ def test_coco_says_where_it_is_looked_for(cfg, monkeypatch):
         check(cfg)
 
 
-def test_coco_stuff_pngs_are_made_by_the_tool_without_arguments(tmp_path, monkeypatch):
-    monkeypatch.setattr(file_checks, "DATASETS_ROOT", str(tmp_path))
-    path = str(tmp_path / "coco/panoptic_stuff_val2017")
+def test_coco_stuff_pngs_are_made_by_the_tool_without_arguments(cfg, tmp_path, monkeypatch):
     metadata = MetadataCatalog.get("coco_2017_val_panoptic_separated")
-    way_out = file_checks.way_out("sem_seg_root", path, metadata)
-    assert way_out == "Run: python tools/prepare_panoptic_coco.py"
+    coco = os.path.dirname(metadata.panoptic_root)
+    monkeypatch.setattr(start, "DATASETS_ROOT", os.path.dirname(coco))
+    cfg.DATASETS.TRAIN = ("coco_2017_val_panoptic_separated",)
+    with pytest.raises(DatasetError, match=r"Run: python tools/prepare_panoptic_coco\.py(\n|$)"):
+        check(cfg)
 
 
 def test_the_scenes_are_drawn_when_a_run_uses_them(cfg, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(checks, "ensure_scenes", drawn.append)
+    monkeypatch.setattr(registration, "ensure_scenes", drawn.append)
     check(cfg)
     assert not drawn
     registration.register_scenes()
     cfg.DATASETS.TRAIN = ("scenes_train_panoptic_separated",)
     cfg.DATASETS.TEST = ("scenes_val_panoptic_separated",)
-    monkeypatch.setattr(checks, "_check_all", lambda *args: None)
+    monkeypatch.setattr(start, "_problems", lambda *args: ())
     check(cfg)
     assert drawn == [registration.SCENES_ROOT]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+@pytest.mark.skipif(
+    not TEST_DATA.is_dir(), reason="GN_PRACTICAL_TEST_DATA names no folder of real data"
+)
 def test_real_data_passes():
     cfg = get_cfg()
     add_pgn_config(cfg)
     add_training_config(cfg)
-    tiny, cells = SHARED / "coco_panoptic_tiny", SHARED / "bccd"
+    tiny, cells = TEST_DATA / "coco_panoptic_tiny", TEST_DATA / "bccd"
     cfg.DATASETS.COCO_PANOPTIC = tuple(
         (
             f"tiny_{split}",
@@ -281,5 +315,5 @@ def test_real_data_passes():
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
     check_datasets(cfg)
     cfg.MODEL.MASK_ON = True
-    with pytest.raises(DatasetError, match=r"got 2804 of 2804 without.*MODEL\.MASK_ON False"):
+    with pytest.raises(DatasetError, match=r"mask missing \(2804\).*MODEL\.MASK_ON False"):
         check_datasets(cfg)

@@ -16,7 +16,7 @@ from gn_practical.training.data import (
     prepare_stuff,
     write_instances_json,
 )
-from gn_practical.training.data import prepare as prepare_module
+from gn_practical.training.data import pool as pool_module
 
 TOOL = Path(__file__).parent.parent / "tools" / "prepare_panoptic_coco.py"
 CATEGORIES = [  # not in the order of their ids, with gaps; as COCO's, stuff among things
@@ -81,7 +81,7 @@ def test_two_processes_make_what_none_makes(tmp_path, monkeypatch):
     write_panoptic(tmp_path, count=40)
     source = (tmp_path / "panoptic.json", tmp_path / "panoptic")
     prepare_stuff(*source, tmp_path / "one")
-    monkeypatch.setattr(prepare_module, "_WORTH_PROCESSES", 40)
+    monkeypatch.setattr(pool_module, "_FEW_CHUNKS", 0)
     prepare_stuff(*source, tmp_path / "two", workers=2)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
@@ -89,7 +89,7 @@ def test_two_processes_make_what_none_makes(tmp_path, monkeypatch):
 
 def test_an_error_in_a_process_arrives_as_it_is(tmp_path, monkeypatch):
     write_panoptic(tmp_path, count=40)
-    monkeypatch.setattr(prepare_module, "_WORTH_PROCESSES", 40)
+    monkeypatch.setattr(pool_module, "_FEW_CHUNKS", 0)
     (tmp_path / "panoptic" / "020.png").unlink()
     with pytest.raises(DatasetError, match=r"^\S*020\.png must exist\. Unpack"):
         prepare(tmp_path, workers=2)
@@ -179,6 +179,120 @@ def test_errors_name_the_file_and_what_is_wrong(tmp_path, damage, message):
     damage(tmp_path)
     with pytest.raises(DatasetError, match=message):
         prepare(tmp_path)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        lambda root: root / "panoptic",
+        lambda root: f"{root}/panoptic/",
+        lambda root: root / "new" / ".." / "panoptic",
+        lambda root: make(root / "link", lambda p: p.symlink_to(root / "panoptic")),
+        lambda root: hard_linked(root),
+    ],
+)
+def test_nothing_that_is_read_is_written_over(tmp_path, output):
+    write_panoptic(tmp_path)
+    (tmp_path / "new").mkdir()
+    output, before = output(tmp_path), contents(tmp_path / "panoptic")
+    with pytest.raises(DatasetError, match=r"another file than what is read, got \S+001\.png for"):
+        prepare_stuff(tmp_path / "panoptic.json", tmp_path / "panoptic", output)
+    assert contents(tmp_path / "panoptic") == before
+
+
+def make(path, function):
+    function(path)
+    return path
+
+
+def hard_linked(root):
+    (root / "linked").mkdir()
+    os.link(root / "panoptic/001.png", root / "linked/001.png")
+    return root / "linked"
+
+
+@pytest.mark.parametrize("name", ["panoptic.json", "panoptic/001.png"])
+def test_the_instances_json_is_no_source(tmp_path, name):
+    write_panoptic(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(DatasetError, match="another file than what is read"):
+        write_instances_json(tmp_path / "panoptic.json", tmp_path / "panoptic", tmp_path / name)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["../panoptic/x.png", "/tmp/x.png", "a/../../x.png", "a\0.png"])
+def test_nothing_is_written_outside_the_output(tmp_path, name):
+    write_panoptic(tmp_path)
+    edit(tmp_path, lambda c: c["annotations"][1].update(file_name=name))
+    with pytest.raises(DatasetError, match="stays in the folder of panoptic PNGs, got file_name="):
+        prepare(tmp_path)
+    assert not (tmp_path / "stuff").exists()
+
+
+def test_a_link_inside_the_output_leads_nowhere_else(tmp_path):
+    write_panoptic(tmp_path)
+    for folder in ("panoptic/sub", "elsewhere", "stuff"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "panoptic/001.png").rename(tmp_path / "panoptic/sub/001.png")
+    (tmp_path / "stuff/sub").symlink_to(tmp_path / "elsewhere")
+    edit(tmp_path, lambda c: c["annotations"][0].update(file_name="sub/001.png"))
+    with pytest.raises(DatasetError, match="a link to another place"):
+        prepare(tmp_path)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_two_annotations_never_share_a_png(tmp_path):
+    write_panoptic(tmp_path)
+    edit(tmp_path, lambda c: c["annotations"][1].update(file_name="001.png"))
+    with pytest.raises(DatasetError, match=r"got file_name='001\.png' 2 times"):
+        prepare(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["grey", "16 bit", "BGR", "palette of grey"])
+def test_pngs_that_lost_their_ids_are_refused(tmp_path, kind):
+    write_panoptic(tmp_path)
+    path = tmp_path / "panoptic/002.png"
+    image = Image.open(path)
+    rgb = np.asarray(image)
+    changed = {
+        "grey": lambda: image.convert("L"),
+        "16 bit": lambda: Image.fromarray(rgb[..., 0].astype(np.uint16) * 257),
+        "BGR": lambda: Image.fromarray(rgb[..., ::-1].copy()),
+        "palette of grey": lambda: image.convert("L").convert("P"),
+    }[kind]()
+    changed.save(path)
+    with pytest.raises(DatasetError, match=r"002\.png must hold the ids of its segments"):
+        prepare(tmp_path)
+
+
+def test_a_palette_that_keeps_the_ids_is_taken(tmp_path):
+    content = write_panoptic(tmp_path)
+    expected = reference(tmp_path, content["annotations"][1])
+    path = tmp_path / "panoptic/002.png"
+    image = Image.open(path).convert("RGB")
+    image.quantize(16, dither=Image.Dither.NONE).save(path)
+    assert (np.asarray(Image.open(path).convert("RGB")) == np.asarray(image)).all()
+    prepare(tmp_path)
+    assert (np.asarray(Image.open(tmp_path / "stuff/002.png")) == expected).all()
+
+
+def test_pngs_follow_a_json_that_has_changed(tmp_path, caplog):
+    write_panoptic(tmp_path)
+    prepare(tmp_path)
+    edit(tmp_path, lambda c: c["annotations"][0]["segments_info"][2].update(category_id=92))
+    edit(tmp_path, lambda c: c["annotations"].pop())
+    prepare(tmp_path)
+    content = json.loads((tmp_path / "panoptic.json").read_text())
+    for annotation in content["annotations"]:
+        labels = np.asarray(Image.open(tmp_path / "stuff" / annotation["file_name"]))
+        ids = np.asarray(Image.open(tmp_path / "panoptic" / annotation["file_name"])).astype(int)
+        rug = ids @ [1, 256, 65536] == 70_000
+        assert (labels[rug] == REFERENCE_LABELS[92 if annotation["image_id"] == 1 else 200]).all()
+    assert "1 other PNGs, the first is 005.png" in caplog.text
 
 
 def test_coco_is_found_under_the_root(tmp_path):

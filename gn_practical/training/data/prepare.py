@@ -3,6 +3,8 @@
 import logging
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,7 +131,7 @@ def prepare_stuff(
 def _check_targets(tasks: list[_Task], output: Path, sources: list[PathLike]) -> None:
     """Make the folders; raise unless all targets lie in them and none is a source."""
     targets = [output / task.name for task in tasks]
-    try:
+    with _dataset_errors(output):
         for folder in {output, *(target.parent for target in targets)}:
             folder.mkdir(parents=True, exist_ok=True)
             if not folder.resolve().is_relative_to(output.resolve()):
@@ -138,8 +140,14 @@ def _check_targets(tasks: list[_Task], output: Path, sources: list[PathLike]) ->
                     "link to another place. Remove the link or choose another --output."
                 )
         refuse_overwriting(targets, sources)
+
+
+@contextmanager
+def _dataset_errors(path: PathLike) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise DatasetError(f"The folder {output} must be writable, got: {error}.") from None
+        raise DatasetError(f"{path} must be writable, got: {error}.") from None
     except ValueError as error:
         raise DatasetError(str(error)) from None
 
@@ -190,13 +198,9 @@ def write_instances_json(
     annotations = [{"id": number, **annotation} for number, annotation in enumerate(found, start=1)]
     images = read_json(panoptic_json)["images"]
     content = {"images": images, "annotations": annotations, "categories": things}
-    try:
+    with _dataset_errors(output_json):
         refuse_overwriting([output_json], [panoptic_json, *(task.panoptic_png for task in tasks)])
         write_json(output_json, content)
-    except OSError as error:
-        raise DatasetError(f"{output_json} must be writable, got: {error}.") from None
-    except ValueError as error:
-        raise DatasetError(str(error)) from None
     return len(annotations)
 
 
@@ -239,10 +243,10 @@ def _check_names(names: list[str], path: PathLike) -> None:
     """Raise unless every annotation has a PNG of its own below the folder of PNGs."""
     for name, count in Counter(names).items():
         outside = os.path.isabs(name) or os.pardir in Path(name).parts or "\0" in name
-        if outside or count > 1 or not name.endswith(".png"):
+        if outside or count > 1:
             raise DatasetError(
-                f"Every annotation of {path} must have a file_name of its own that ends in .png "
-                f"and stays in the folder of panoptic PNGs, got file_name={name!r}"
+                f"Every annotation of {path} must have a file_name of its own that stays in the "
+                f"folder of panoptic PNGs, got file_name={name!r}"
                 + (f" {count} times" if count > 1 else "")
                 + ". Correct the json."
             )
@@ -287,12 +291,9 @@ def _write_stuff(task: _Task, output: Path, labels: dict[int, int], overwrite: b
         stuff[ids == segment["id"]] = labels[segment["category_id"]]
     if not overwrite and _holds(target, stuff):
         return False
-    try:
-        # Not ".png" until it is whole: Detectron2 loads every .png of the folder.
-        with replace_file(target, durable=False) as temporary:
-            Image.fromarray(stuff).save(temporary, format="PNG")
-    except OSError as error:
-        raise DatasetError(f"{target} must be writable, got: {error}.") from None
+    # Not ".png" until it is whole: Detectron2 loads every .png of the folder.
+    with _dataset_errors(target), replace_file(target, durable=False) as temporary:
+        Image.fromarray(stuff).save(temporary, format="PNG")
     if not _holds(target, stuff):
         raise DatasetError(f"{target} must be whole after writing. Is the disk full? Run it again.")
     return True

@@ -1,6 +1,7 @@
 """The embedded data set: drawn scenes in COCO's panoptic format, made when first needed."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,12 +17,14 @@ from tqdm import tqdm
 from gn_practical.training.data.coco_format import VOID, id_to_rgb, mask_annotation, mask_box
 from gn_practical.training.data.drawing import STUFF_CLASSES, THING_CLASSES, Segment, draw_scene
 from gn_practical.training.data.errors import DatasetError
+from gn_practical.training.ranks import raise_on_all_ranks
 
 IMAGE_SIZE = 128
 NUM_IMAGES = {"train": 400, "val": 100}
 
 _VERSION = 2  # raise it with every change of what is drawn: older files are then made anew
 _SEED = 20230203
+_BYTES_PER_PIXEL = 1.35  # of all files, as a file system stores them
 _ID_STEP = 70_001  # segment ids are multiples of it, so that they use all three channels of a PNG
 _COLOURS = {
     **{"disc": (220, 20, 60), "box": (0, 130, 200), "triangle": (245, 130, 48)},
@@ -58,19 +61,16 @@ def ensure_scenes(
     Example:
         >>> ensure_scenes("datasets/scenes")  # doctest: +SKIP
     """
-    problem = None
-    if comm.get_local_rank() == 0:
-        try:
-            _ensure_scenes(Path(root), num_images or NUM_IMAGES, size)
-        except OSError as error:
-            problem = (
-                f"The embedded data set must be written to {Path(root).absolute()}, got: {error}. "
-                "Set the environment variable DETECTRON2_DATASETS to a folder that can be written."
-            )
-    # A barrier that also tells: a rank that raised alone would leave the others waiting.
-    problems = [text for text in comm.all_gather(problem) if text]
-    if problems:
-        raise DatasetError(problems[0])
+    with raise_on_all_ranks(DatasetError):
+        if comm.get_local_rank() == 0:
+            try:
+                _ensure_scenes(Path(root), num_images or NUM_IMAGES, size)
+            except OSError as error:
+                raise DatasetError(
+                    f"The embedded data set must be written to {Path(root).absolute()}, got: "
+                    f"{error}. Set the environment variable DETECTRON2_DATASETS to a folder that "
+                    "can be written."
+                ) from None
 
 
 def _ensure_scenes(root: Path, num_images: dict[str, int], size: int) -> None:
@@ -83,6 +83,12 @@ def _ensure_scenes(root: Path, num_images: dict[str, int], size: int) -> None:
             return
         unfinished = root.with_name(root.name + ".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
+        count = sum(num_images.values())
+        logging.getLogger(__name__).info(
+            "Drawing the embedded data set, %d images, about %.0f MB, into %s. The environment "
+            "variable DETECTRON2_DATASETS names another folder.",
+            *(count, count * _BYTES_PER_PIXEL * size**2 / 1e6, root.absolute()),
+        )
         _write_scenes(unfinished, num_images, size)
         files = {str(p.relative_to(unfinished)): p.stat().st_size for p in _files(unfinished)}
         (unfinished / "version.json").write_text(json.dumps({**wanted, "files": files}))
@@ -120,7 +126,8 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _write_scenes(root: Path, num_images: dict[str, int], size: int) -> None:
-    with tqdm(total=sum(num_images.values()), desc="Drawing the scenes", unit="image") as progress:
+    total = sum(num_images.values())
+    with tqdm(total=total, desc="Drawing the scenes", unit="image", disable=None) as progress:
         for split_index, (split, count) in enumerate(num_images.items()):
             for folder in ("images/", "panoptic_", "panoptic_stuff_"):
                 (root / f"{folder}{split}").mkdir(parents=True)

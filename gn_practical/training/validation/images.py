@@ -248,8 +248,9 @@ def category_ids(content: Mapping[str, Any], names: Names | None) -> frozenset:
 
 
 def sound_categories(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the categories that can be used."""
-    return [c for c in content["categories"] if not malformed_category(c)]
+    """Return the categories that can be used, sorted by id."""
+    sound = [c for c in content["categories"] if not malformed_category(c)]
+    return sorted(sound, key=lambda category: category["id"])
 
 
 def _check_categories(

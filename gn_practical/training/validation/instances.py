@@ -160,7 +160,7 @@ def _check_boxes(tasks: Sequence[Task]) -> Findings:
     width, height = np.array([sizes[-1] for _, _, sizes in tasks], float).T + TOLERANCE
     if not np.isfinite(boxes).all():
         return
-    if boxes.max() <= 1 and min(width.min(), height.min()) > 2 + TOLERANCE:
+    if boxes.max() <= 1 and (boxes % 1).any() and min(width.min(), height.min()) > 2 + TOLERANCE:
         yield "boxes between 0 and 1", f"all {len(boxes)}: bbox must be in pixels"
     beyond = (x + right > width) | (y + bottom > height)
     corners = (right > x) & (bottom > y) & (right <= width) & (bottom <= height)

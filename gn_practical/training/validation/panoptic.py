@@ -114,7 +114,8 @@ class PanopticTarget(NamedTuple):
         for image_id, index in annotated.items():
             if images.lacks(image_id):
                 detail = f"{image_id=} is not among the images"
-                yield self._fault("annotation of unknown image", index, sound[index], detail=detail)
+                reason = "panoptic annotation of unknown image"
+                yield self._fault(reason, index, sound[index], detail=detail)
         for image_id in images.by_id:
             if image_id not in annotated:
                 detail = "no annotation has its id: it is neither trained nor tested on"
@@ -288,10 +289,10 @@ def _compare(segment: Mapping[str, Any], area: int, box: Box) -> Iterator[Part]:
 
 
 def _expected_labels(ids: np.ndarray, segments: Segments, labels: dict[int, int]) -> np.ndarray:
-    """Return the stuff labels that a panoptic PNG leads to."""
-    expected = np.full(ids.shape, VOID, np.uint8)
+    """Return the stuff labels that a panoptic PNG leads to, -1 where its own faults hide them."""
+    expected = np.where(ids == 0, VOID, -1)
     for number, (_, segment) in segments.items():
-        expected[ids == number] = labels.get(segment["category_id"], VOID)
+        expected[ids == number] = labels.get(segment["category_id"], -1)
     return expected
 
 
@@ -312,7 +313,8 @@ def _check_stuff_png(
         detail = f"{listed}; there are {count} stuff classes with 'things'"
         yield "stuff PNG label unknown", (), None, detail
     elif expected is not None and values.shape[:2] == expected.shape:
-        share = np.mean(values.reshape(expected.shape) != expected)
+        differs = (values.reshape(expected.shape) != expected) & (expected >= 0)
+        share = np.mean(differs)
         if share > _OTHER_LABELS:
             detail = (
                 f"{share:.0%} of its pixels have another label than the panoptic PNG's segments"

@@ -43,7 +43,7 @@ class Report:
         distinct = {}
         for fault in self.faults:
             is_of_file = fault.reason in REASONS_OF_FILES
-            key = (fault.reason, fault.file, fault.detail) if is_of_file else fault
+            key = (fault.reason, fault.file, fault.detail) if is_of_file else repr(fault)
             distinct.setdefault(key, fault)
         return list(distinct.values())
 

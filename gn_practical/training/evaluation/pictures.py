@@ -3,29 +3,25 @@
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.visualizer import GenericMask
+from detectron2.utils.visualizer import ColorMode, Visualizer
 from PIL import Image
 
 from gn_practical.training.data.coco_format import rgb_to_id
+from gn_practical.training.evaluation.ids import unused
 from gn_practical.training.evaluation.panoptic import split_panoptic_labels
-from gn_practical.training.evaluation.segments import (
-    Segment,
-    draw_segments,
-    instance_segments,
-    panoptic_segments,
-    semantic_segments,
-)
 from gn_practical.training.evaluation.sem_seg import read_label_image
 
 logger = logging.getLogger(__name__)
@@ -67,7 +63,7 @@ class PictureEvaluator(DatasetEvaluator):
     def reset(self) -> None:
         """Begin again with the first image."""
         self._remaining = self._num_pictures if comm.is_main_process() else 0
-        self._drawn = 0
+        self._names: set[str] = set()
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Draw what is still to be drawn.
@@ -87,54 +83,54 @@ class PictureEvaluator(DatasetEvaluator):
 
     def evaluate(self) -> None:
         """Say where the pictures are; there are no results."""
-        if self._drawn:
-            logger.info("%d pictures saved to %s", self._drawn, self._output_dir)
+        if self._names:
+            logger.info("%d pictures saved to %s", len(self._names), self._output_dir)
         for name in ("_records", "_panoptic_annotations"):  # no need to keep them until next time
             self.__dict__.pop(name, None)
 
     def _draw(self, image: dict, output: dict) -> np.ndarray:
-        if "panoptic_seg" in output:
-            prediction = self._predicted_panoptic(*output["panoptic_seg"])
-            title, truth = "prediction", self._true_panoptic(image)
-        elif "instances" in output:
-            title, prediction = self._predicted_instances(output["instances"].to("cpu"))
-            truth = self._true_instances(image)
-        else:
-            labels = output["sem_seg"].argmax(dim=0).cpu().numpy()
-            title, prediction = "prediction", semantic_segments(labels, self._metadata)
-            truth = self._true_semantic(image)
         pixels = read_image(image["file_name"], format="RGB")
-        width = int(np.clip(pixels.shape[1], *_PANEL_WIDTH))
-        panels = [draw_segments(pixels, segments, width) for segments in (prediction, truth)]
+        with _random_state_kept():  # Detectron2 varies the colours of a class at random
+            title, prediction = self._prediction(self._visualizer(pixels), output)
+            truth = self._visualizer(pixels).draw_dataset_dict(self._truth(image, output))
+        panels = [prediction.get_image(), truth.get_image()]
         return _side_by_side(panels, [title, "ground truth"])
 
-    def _save(self, image_file: str, picture: np.ndarray) -> None:
-        name = os.path.splitext(os.path.basename(image_file))[0]
-        os.makedirs(self._output_dir, exist_ok=True)
-        Image.fromarray(picture).save(os.path.join(self._output_dir, f"{name}.png"))
-        if has_event_storage():
-            get_event_storage().put_image(f"pictures/{name}", picture.transpose(2, 0, 1))
-        self._drawn += 1
-
-    def _predicted_panoptic(self, segment_ids, segments_info) -> list[Segment]:  # noqa: ANN001
-        segment_ids = segment_ids.cpu().numpy()
-        if segments_info is None:
-            segment_ids, segments_info = split_panoptic_labels(segment_ids, self._metadata)
-        return panoptic_segments(segment_ids, segments_info, self._metadata)
-
-    def _predicted_instances(self, instances) -> tuple[str, list[Segment]]:  # noqa: ANN001
-        kept = instances[instances.scores >= self._min_score]
-        segments = instance_segments(
-            kept.pred_boxes.tensor.numpy(),
-            kept.pred_classes.tolist(),
+    def _visualizer(self, pixels: np.ndarray) -> Visualizer:
+        width = int(np.clip(pixels.shape[1], *_PANEL_WIDTH))
+        return Visualizer(
+            pixels,
             self._metadata,
-            masks=kept.pred_masks.numpy() if kept.has("pred_masks") else None,
-            scores=kept.scores.tolist(),
+            scale=width / pixels.shape[1],
+            instance_mode=ColorMode.SEGMENTATION,
         )
-        title = f"prediction: score >= {self._min_score:g} ({len(kept)} of {len(instances)})"
-        return title, segments
 
-    def _true_panoptic(self, image: dict) -> list[Segment]:
+    def _prediction(self, visualizer: Visualizer, output: dict) -> tuple[str, Any]:
+        if "panoptic_seg" in output:
+            ids, segments = output["panoptic_seg"]
+            ids = ids.cpu().numpy()
+            if segments is None:
+                ids, segments = split_panoptic_labels(ids, self._metadata)
+            drawn = visualizer.draw_dataset_dict({"pan_seg": ids, "segments_info": segments})
+            return "prediction", drawn
+        if "instances" in output:
+            instances = output["instances"].to("cpu")
+            kept = instances[instances.scores >= self._min_score]
+            title = f"prediction: score >= {self._min_score:g} ({len(kept)} of {len(instances)})"
+            return title, visualizer.draw_instance_predictions(kept)
+        labels = output["sem_seg"].argmax(dim=0).cpu().numpy()
+        return "prediction", visualizer.draw_dataset_dict({"sem_seg": labels})
+
+    def _truth(self, image: dict, output: dict) -> dict[str, Any]:
+        """Return what Detectron2 draws, of the same kind as the prediction."""
+        if "panoptic_seg" in output:
+            return self._true_panoptic(image)
+        record = self._records[image["file_name"]]
+        if "instances" in output:
+            return {"annotations": record.get("annotations", [])}
+        return {"sem_seg": read_label_image(record["sem_seg_file_name"])}
+
+    def _true_panoptic(self, image: dict) -> dict[str, Any]:
         annotation = self._panoptic_annotations[image["image_id"]]
         path = os.path.join(self._metadata.panoptic_root, annotation["file_name"])
         with PathManager.open(path, "rb") as f:
@@ -145,36 +141,33 @@ class PictureEvaluator(DatasetEvaluator):
             {**s, "category_id": ids[s["category_id"]], "isthing": s["category_id"] in things}
             for s in annotation["segments_info"]
         ]
-        return panoptic_segments(segment_ids, segments_info, self._metadata)
+        return {"pan_seg": segment_ids, "segments_info": segments_info}
 
-    def _true_instances(self, image: dict) -> list[Segment]:
-        record = self._records[image["file_name"]]
-        annotations = record.get("annotations", [])
-        boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
-        has_masks = all("segmentation" in a for a in annotations)
-        height, width = record["height"], record["width"]
-        return instance_segments(
-            np.array(boxes).reshape(-1, 4),
-            [a["category_id"] for a in annotations],
-            self._metadata,
-            masks=[GenericMask(a["segmentation"], height, width).mask for a in annotations]
-            if has_masks
-            else None,
-            crowds=[a.get("iscrowd", 0) for a in annotations],
-        )
-
-    def _true_semantic(self, image: dict) -> list[Segment]:
-        labels = read_label_image(self._records[image["file_name"]]["sem_seg_file_name"])
-        return semantic_segments(labels, self._metadata)
+    def _save(self, image_file: str, picture: np.ndarray) -> None:
+        name = unused(os.path.splitext(os.path.basename(image_file))[0], self._names)
+        os.makedirs(self._output_dir, exist_ok=True)
+        Image.fromarray(picture).save(os.path.join(self._output_dir, f"{name}.png"))
+        if has_event_storage():
+            get_event_storage().put_image(f"pictures/{name}", picture.transpose(2, 0, 1))
 
     @cached_property
     def _records(self) -> dict[str, dict]:
         return {record["file_name"]: record for record in DatasetCatalog.get(self._dataset_name)}
 
     @cached_property
-    def _panoptic_annotations(self) -> dict[int, dict]:
+    def _panoptic_annotations(self) -> dict[Any, dict]:
         with PathManager.open(self._metadata.panoptic_json) as f:
             return {a["image_id"]: a for a in json.load(f)["annotations"]}
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    state = np.random.get_state()
+    np.random.seed(0)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
 
 
 def _side_by_side(panels: list[np.ndarray], titles: list[str]) -> np.ndarray:

@@ -149,6 +149,7 @@ class CocoEvaluator(DatasetEvaluator):
         if 0 in numbers:
             logger.info("The annotation with id 0 counts; pycocotools itself would never match it")
         for annotation in kept:
+            self._check_box(annotation)
             annotation |= {
                 "id": numbers[annotation["id"]],
                 "image_id": self._images[annotation["image_id"]],
@@ -158,6 +159,18 @@ class CocoEvaluator(DatasetEvaluator):
             if annotation.get("area") is None:
                 annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         return {"images": content["images"], "categories": categories, "annotations": kept}
+
+    def _check_box(self, annotation: dict[str, Any]) -> None:
+        box = annotation.get("bbox")
+        if not (
+            isinstance(box, list)
+            and len(box) == 4
+            and all(isinstance(x, (int, float)) for x in box)
+        ):
+            raise ValueError(
+                f"A bbox in {self._path} must be [x, y, width, height], got bbox={box!r} in "
+                f"annotation {annotation['id']!r}. Correct the file."
+            )
 
     def _write(self, predictions: list[dict], detections: list[dict]) -> None:
         if self._output_dir is None:

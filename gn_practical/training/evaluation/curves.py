@@ -17,6 +17,7 @@ Series = tuple[list[int], list[float]]
 
 _LOSSES = ("loss", "total_loss")  # how the names of losses begin, behind a "model/"
 
+
 def read_metrics(path: str) -> dict[str, Series]:
     """Read Detectron2's ``metrics.json`` (one JSON object a line).
 

@@ -51,7 +51,7 @@ def check_predicted_once(predicted: Iterable[Any], wanted: Iterable[Any], path: 
         )
 
 
-def dataset_class(predicted: int, ids: Mapping[int, Any], of: str) -> Any:  # noqa: ANN401
+def dataset_class(predicted: int, ids: Mapping[int, Any], of: str) -> Any:
     """Turn the class that a model predicts into the data set's id.
 
     Args:

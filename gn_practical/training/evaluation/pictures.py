@@ -3,25 +3,26 @@
 import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.visualizer import ColorMode, Visualizer
+from detectron2.utils.visualizer import GenericMask
 from PIL import Image
 
 from gn_practical.training.data.coco_format import rgb_to_id
 from gn_practical.training.evaluation.ids import unused
 from gn_practical.training.evaluation.panoptic import split_panoptic_labels
+from gn_practical.training.evaluation.segments import draw_segments
 from gn_practical.training.evaluation.sem_seg import read_label_image
 
 logger = logging.getLogger(__name__)
@@ -89,59 +90,76 @@ class PictureEvaluator(DatasetEvaluator):
             self.__dict__.pop(name, None)
 
     def _draw(self, image: dict, output: dict) -> np.ndarray:
+        title = "prediction"
+        if "panoptic_seg" in output:
+            prediction, truth = self._panoptic(*output["panoptic_seg"]), self._true_panoptic(image)
+        elif "instances" in output:
+            title, prediction = self._instances(output["instances"].to("cpu"))
+            truth = self._true_instances(image)
+        else:
+            prediction = self._semantic(output["sem_seg"].argmax(dim=0).cpu().numpy())
+            record = self._records[image["file_name"]]
+            truth = self._semantic(read_label_image(record["sem_seg_file_name"]))
         pixels = read_image(image["file_name"], format="RGB")
-        with _random_state_kept():  # Detectron2 varies the colours of a class at random
-            title, prediction = self._prediction(self._visualizer(pixels), output)
-            truth = self._visualizer(pixels).draw_dataset_dict(self._truth(image, output))
-        panels = [prediction.get_image(), truth.get_image()]
+        width = int(np.clip(pixels.shape[1], *_PANEL_WIDTH))
+        panels = [draw_segments(pixels, s, self._metadata, width) for s in (prediction, truth)]
         return _side_by_side(panels, [title, "ground truth"])
 
-    def _visualizer(self, pixels: np.ndarray) -> Visualizer:
-        width = int(np.clip(pixels.shape[1], *_PANEL_WIDTH))
-        return Visualizer(
-            pixels,
-            self._metadata,
-            scale=width / pixels.shape[1],
-            instance_mode=ColorMode.SEGMENTATION,
-        )
+    def _panoptic(self, ids: torch.Tensor, segments: list[dict] | None) -> list[dict]:
+        ids = ids.cpu().numpy()
+        if segments is None:
+            ids, segments = split_panoptic_labels(ids, self._metadata)
+        return [{**segment, "mask": ids == segment["id"]} for segment in segments]
 
-    def _prediction(self, visualizer: Visualizer, output: dict) -> tuple[str, Any]:
-        if "panoptic_seg" in output:
-            ids, segments = output["panoptic_seg"]
-            ids = ids.cpu().numpy()
-            if segments is None:
-                ids, segments = split_panoptic_labels(ids, self._metadata)
-            drawn = visualizer.draw_dataset_dict({"pan_seg": ids, "segments_info": segments})
-            return "prediction", drawn
-        if "instances" in output:
-            instances = output["instances"].to("cpu")
-            kept = instances[instances.scores >= self._min_score]
-            title = f"prediction: score >= {self._min_score:g} ({len(kept)} of {len(instances)})"
-            return title, visualizer.draw_instance_predictions(kept)
-        labels = output["sem_seg"].argmax(dim=0).cpu().numpy()
-        return "prediction", visualizer.draw_dataset_dict({"sem_seg": labels})
-
-    def _truth(self, image: dict, output: dict) -> dict[str, Any]:
-        """Return what Detectron2 draws, of the same kind as the prediction."""
-        if "panoptic_seg" in output:
-            return self._true_panoptic(image)
-        record = self._records[image["file_name"]]
-        if "instances" in output:
-            return {"annotations": record.get("annotations", [])}
-        return {"sem_seg": read_label_image(record["sem_seg_file_name"])}
-
-    def _true_panoptic(self, image: dict) -> dict[str, Any]:
+    def _true_panoptic(self, image: dict) -> list[dict]:
         annotation = self._panoptic_annotations[image["image_id"]]
         path = os.path.join(self._metadata.panoptic_root, annotation["file_name"])
         with PathManager.open(path, "rb") as f:
-            segment_ids = rgb_to_id(np.array(Image.open(f).convert("RGB"))).astype(np.int32)
+            segment_ids = rgb_to_id(np.array(Image.open(f).convert("RGB")))
         things = self._metadata.thing_dataset_id_to_contiguous_id
-        ids = {**self._metadata.stuff_dataset_id_to_contiguous_id, **things}
-        segments_info = [
-            {**s, "category_id": ids[s["category_id"]], "isthing": s["category_id"] in things}
-            for s in annotation["segments_info"]
+        contiguous = {**self._metadata.stuff_dataset_id_to_contiguous_id, **things}
+        return [
+            {
+                **segment,
+                "category_id": contiguous[segment["category_id"]],
+                "isthing": segment["category_id"] in things,
+                "mask": segment_ids == segment["id"],
+            }
+            for segment in annotation["segments_info"]
         ]
-        return {"pan_seg": segment_ids, "segments_info": segments_info}
+
+    def _instances(self, instances: Instances) -> tuple[str, list[dict]]:
+        kept = instances[instances.scores >= self._min_score]
+        fields = {"category_id": "pred_classes", "score": "scores", "mask": "pred_masks"}
+        columns = {key: kept.get(name).numpy() for key, name in fields.items() if kept.has(name)}
+        columns["box"] = kept.pred_boxes.tensor.numpy()
+        rows = zip(*columns.values(), strict=True)
+        segments = [{**dict(zip(columns, row, strict=True)), "isthing": True} for row in rows]
+        return (
+            f"prediction: score >= {self._min_score:g} ({len(kept)} of {len(instances)})",
+            segments,
+        )
+
+    def _true_instances(self, image: dict) -> list[dict]:
+        record = self._records[image["file_name"]]
+        size = record["height"], record["width"]
+        return [
+            {
+                **annotation,
+                "isthing": True,
+                "box": BoxMode.convert(
+                    annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS
+                ),
+                "mask": GenericMask(annotation["segmentation"], *size).mask
+                if "segmentation" in annotation
+                else None,
+            }
+            for annotation in record.get("annotations", [])
+        ]
+
+    def _semantic(self, labels: np.ndarray) -> list[dict]:
+        known = [int(n) for n in np.unique(labels) if n < len(self._metadata.stuff_classes)]
+        return [{"category_id": n, "isthing": False, "mask": labels == n} for n in known]
 
     def _save(self, image_file: str, picture: np.ndarray) -> None:
         name = unused(os.path.splitext(os.path.basename(image_file))[0], self._names)
@@ -158,16 +176,6 @@ class PictureEvaluator(DatasetEvaluator):
     def _panoptic_annotations(self) -> dict[Any, dict]:
         with PathManager.open(self._metadata.panoptic_json) as f:
             return {a["image_id"]: a for a in json.load(f)["annotations"]}
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    state = np.random.get_state()
-    np.random.seed(0)  # noqa: NPY002
-    try:
-        yield
-    finally:
-        np.random.set_state(state)
 
 
 def _side_by_side(panels: list[np.ndarray], titles: list[str]) -> np.ndarray:

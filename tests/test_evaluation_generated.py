@@ -198,8 +198,8 @@ def test_ap_of_an_odd_set_is_official_or_one_clear_error(data, seed):
     try:
         check_ap(data, seed, fast=(True,))
     except ValueError as error:
-        assert data.oddity, error
-        assert "must" in str(error)
+        if not data.oddity or "must" not in str(error):
+            raise
 
 
 # ---- PQ ----
@@ -327,5 +327,5 @@ def test_pq_of_an_odd_set_is_official_or_one_clear_error(data, seed):
     try:
         check_pq(data, seed)
     except ValueError as error:
-        assert data.oddity, error
-        assert "must" in str(error)
+        if not data.oddity or "must" not in str(error):
+            raise

@@ -10,6 +10,7 @@ from gn_practical.training.atomic import write_json
 
 _WIDTH = 100  # of the tables, in characters
 _CELL = 3  # of it: a border and two spaces
+_TITLE = 2  # tabulate's, around a header
 
 
 def flat_results(results: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]:
@@ -77,7 +78,7 @@ def write_results(results: dict[str, Any] | list[Any], path: str) -> None:
 
 def _tables(task: str, rows: dict[str, dict[str, Any]]) -> Iterator[str]:
     """Yield the table of a task, in as many parts as its width asks for."""
-    first = max(len(name) for name in (task, *rows)) + _CELL
+    first = max(len(task) + _TITLE, *map(len, rows)) + _CELL
     part: list[str] = []
     metrics = list(dict.fromkeys(metric for row in rows.values() for metric in row))
     for metric in metrics:
@@ -89,7 +90,9 @@ def _tables(task: str, rows: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def _column(rows: dict[str, dict[str, Any]], metric: str) -> int:
-    return max(len(metric), *(len(_cell(row.get(metric))) for row in rows.values())) + _CELL
+    return (
+        max(len(metric) + _TITLE, *(len(_cell(row.get(metric))) for row in rows.values())) + _CELL
+    )
 
 
 def _table(task: str, rows: dict[str, dict[str, Any]], metrics: list[str]) -> str:

@@ -321,8 +321,8 @@ def test_drawing_leaves_the_random_state_alone():
 
 
 def test_classes_without_colours_get_distinct_ones():
-    colors = {class_color(Metadata(), i, is_thing) for i in range(20) for is_thing in (0, 1)}
-    assert len(colors) == 40
+    colors = {class_color(Metadata(), i, is_thing) for i in range(10) for is_thing in (0, 1)}
+    assert len(colors) == 20
 
 
 # ---- the choice of evaluators ----

@@ -151,6 +151,7 @@ def _draw_bars(axes: Axes, curves: dict[str, Series]) -> None:
     names = list(curves)
     bars = axes.barh(names, [curves[name][1][0] for name in names])
     axes.bar_label(bars, fmt="%.3g", padding=3)
+    axes.margins(x=0.1)  # room for the numbers
     axes.invert_yaxis()  # the first on top
     axes.set_xlabel(f"after iteration {curves[names[0]][0][0]}")
 
@@ -158,8 +159,7 @@ def _draw_bars(axes: Axes, curves: dict[str, Series]) -> None:
 def _from_zero(axes: Axes) -> None:
     axes.set_xlabel("iteration")
     axes.set_xlim(left=0)
-    if axes.get_ylim()[0] > 0:
-        axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=min(0, axes.dataLim.y0))
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:

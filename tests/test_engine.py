@@ -58,7 +58,7 @@ def test_training_leaves_everything_a_user_looks_for(trained):
     log = (output / "log.txt").read_text()
     assert "PGN layers" in log
     assert "G_ideal" in log
-    assert "| PQ " in log
+    assert " PQ |" in log
 
 
 def test_evaluation_alone_gives_the_same_numbers(trained, tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -331,13 +333,97 @@ def test_predictions_are_kept_in_coco_format(register, tmp_path):
         assert {s["id"]: s["category_id"] for s in annotation["segments_info"]} == categories
 
 
-def test_images_of_the_same_name_in_two_folders_do_not_collide(register):
-    name, _ = register([random_truth(np.random.default_rng(2))])
-    evaluator = PanopticEvaluator(name)
-    root = MetadataCatalog.get(name).image_root
-    names = {evaluator._png_name(f"{root}/{folder}/1.jpg") for folder in "ab"}
-    assert names == {"a/1.png", "b/1.png"}
-    assert evaluator._png_name("/elsewhere/1.jpg") == "1.png"
+@pytest.mark.parametrize(
+    ("names", "files"),
+    [
+        (["a/1.png", "b/1.png"], ["a/1.png", "b/1.png"]),
+        (["1.png", "../1.png"], ["1.png", "1_2.png"]),
+        (["/elsewhere/x.png", "x.png"], ["elsewhere/x.png", "x.png"]),
+    ],
+)
+def test_predictions_of_images_of_one_name_do_not_collide(tmp_path, register, names, files):
+    truths = [random_truth(np.random.default_rng(i)) for i in range(2)]
+    name, inputs = register(truths)
+    panoptic = tmp_path / "data" / "panoptic"
+    content = json.loads((tmp_path / "data" / "panoptic.json").read_text())
+    for annotation, file_name in zip(content["annotations"], names, strict=True):
+        target = Path(os.path.join(panoptic, file_name.replace("/elsewhere", f"{tmp_path}/else")))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (panoptic / annotation["file_name"]).rename(target)
+        annotation["file_name"] = file_name.replace("/elsewhere", f"{tmp_path}/else")
+    (tmp_path / "data" / "panoptic.json").write_text(json.dumps(content))
+    for image in inputs:
+        image["file_name"] = "/other/a.jpg"  # the images' names do not matter
+    out = tmp_path / "out"
+    assert evaluate(name, inputs, truths, str(out))["PQ"] == 100
+    written = [
+        a["file_name"] for a in json.loads((out / "predictions.json").read_text())["annotations"]
+    ]
+    assert [f.replace(f"{tmp_path}/else".lstrip("/"), "elsewhere") for f in written] == files
+    assert all((out / "panoptic" / file).is_file() for file in written)
+
+
+@pytest.mark.parametrize("change", [lambda i: -i, lambda i: 2**70 + i, lambda i: f"city_{i}"])
+def test_pq_does_not_depend_on_ids(register, tmp_path, change):
+    truths = [random_truth(np.random.default_rng(i)) for i in range(3)]
+    predictions = [perturbed(np.random.default_rng(9), *truth) for truth in truths]
+    name, inputs = register(truths)
+    expected = evaluate(name, inputs, predictions)
+    path = tmp_path / "data" / "panoptic.json"
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image |= {"id": change(image["id"]), "width": 56.0}
+    for annotation in content["annotations"]:
+        annotation["image_id"] = change(annotation["image_id"])
+        for segment in annotation["segments_info"]:
+            segment["area"] += 0.5
+            segment["category_id"] = change(segment["category_id"])
+    for category in content["categories"]:
+        category["id"] = change(category["id"])
+    path.write_text(json.dumps(content))
+    metadata = MetadataCatalog.get(name).as_dict()
+    MetadataCatalog.remove(name)
+    for key in ("thing_dataset_id_to_contiguous_id", "stuff_dataset_id_to_contiguous_id"):
+        metadata[key] = {change(i): n for i, n in metadata[key].items()}
+    MetadataCatalog.get(name).set(**{k: v for k, v in metadata.items() if k != "name"})
+    inputs = [{**image, "image_id": change(image["image_id"])} for image in inputs]
+    assert_equal(evaluate(name, inputs, predictions), expected)
+
+
+@pytest.mark.parametrize("damage", ["grey", "palette", "size", "missing"])
+def test_a_png_of_another_kind_is_named(register, tmp_path, damage):
+    truths = [random_truth(np.random.default_rng(0))]
+    name, inputs = register(truths)
+    path = tmp_path / "data" / "panoptic" / "001.png"
+    image = Image.open(path)
+    changed = {"grey": image.convert("L"), "palette": image.convert("P")}
+    changed["size"] = image.resize((20, 20))
+    if damage == "missing":
+        path.unlink()
+    else:
+        changed[damage].save(path)
+    with pytest.raises(ValueError, match=r"panoptic PNG must be RGB.*001\.png"):
+        evaluate(name, inputs, truths)
+
+
+@pytest.mark.parametrize("key", ["id", "category_id"])
+def test_a_segment_that_cannot_be_counted_is_an_error_at_once(register, tmp_path, key):
+    name, _ = register([random_truth(np.random.default_rng(0))])
+    path = tmp_path / "data" / "panoptic.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["segments_info"][0][key] = 2**24
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"Segments in .* must have.* {key}=16777216"):
+        PanopticEvaluator(name)
+
+
+def test_an_image_that_is_unknown_or_predicted_twice_is_an_error(register):
+    truths = [random_truth(np.random.default_rng(0))]
+    name, inputs = register(truths)
+    with pytest.raises(ValueError, match=r"predicted once, got 2 predictions for image_id=1"):
+        evaluate(name, inputs * 2, truths * 2)
+    with pytest.raises(ValueError, match=r"no other, must be .* image_id=9"):
+        evaluate(name, [{**inputs[0], "image_id": 9}], truths)
 
 
 def test_an_image_without_prediction_is_an_error(register):

@@ -11,9 +11,10 @@ from detectron2 import evaluation
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
-from detectron2.evaluation import DatasetEvaluators
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from matplotlib.figure import Figure
 from PIL import Image
 from test_evaluation_panoptic import random_truth, register, to_detectron2
 
@@ -24,13 +25,14 @@ from gn_practical.training.evaluation import (
     PanopticEvaluator,
     PictureEvaluator,
     SemSegEvaluator,
+    build,
     build_evaluator,
     plot_metrics,
     results_table,
     write_results,
 )
 from gn_practical.training.evaluation.curves import read_metrics
-from gn_practical.training.evaluation.segments import class_color, draw_segments, panoptic_segments
+from gn_practical.training.evaluation.segments import class_color, draw_segments, segment_text
 
 __all__ = ["register"]  # a fixture
 
@@ -41,25 +43,40 @@ BOX = {"AP": np.float64(40.7), "AP50": 61.2, "AP75": 44.6, "APs": 1.0}
 # ---- table and file ----
 
 
-def test_table_has_the_columns_of_what_was_evaluated():
-    header, _, row = results_table({"panoptic_seg": PANOPTIC, "bbox": BOX}).splitlines()
-    titles = ["PQ", "PQ_th", "PQ_st", "SQ", "RQ", "box AP", "box AP50", "box AP75"]
-    assert [cell.strip() for cell in header.strip("|").split("|")] == titles
-    values = ["42.147", "49.816", "-", "1.000", "2.000", "40.700", "61.200", "44.600"]
-    assert [cell.strip() for cell in row.strip("|").split("|")] == values
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_table_has_what_was_evaluated_but_for_single_classes():
+    lines = results_table({"panoptic_seg": PANOPTIC, "bbox": BOX}).splitlines()
+    assert cells(lines[0]) == ["", "PQ", "PQ_th", "PQ_st", "SQ", "RQ"]
+    assert cells(lines[2]) == ["panoptic_seg", "42.147", "49.816", "-", "1.000", "2.000"]
+    assert cells(lines[4]) == ["", "AP", "AP50", "AP75", "APs"]
+    assert cells(lines[6]) == ["bbox", "40.700", "61.200", "44.600", "1.000"]
 
 
 def test_table_has_a_row_for_each_data_set():
-    results = {"one": {"bbox": BOX}, "two": {"sem_seg": {"mIoU": 50.0}}}
+    results = {"one": {"bbox": BOX}, "two": {"bbox": {"AP": 1.0}, "sem_seg": {"mIoU": 50.0}}}
     lines = results_table(results).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[0] == ["data set", "box AP", "box AP50", "box AP75", "mIoU"]
-    assert cells[2] == ["one", "40.700", "61.200", "44.600", "-"]
-    assert cells[3] == ["two", "-", "-", "-", "50.000"]
+    assert cells(lines[0]) == ["bbox", "AP", "AP50", "AP75", "APs"]
+    assert cells(lines[2]) == ["one", "40.700", "61.200", "44.600", "1.000"]
+    assert cells(lines[3]) == ["two", "1.000", "-", "-", "-"]
+    assert cells(lines[5]) == ["sem_seg", "mIoU"]
+    assert cells(lines[7]) == ["two", "50.000"]
 
 
-@pytest.mark.parametrize("results", [{}, {"box_proposals": {"AR@100": 5.0}}])
-def test_table_of_nothing_known_is_empty(results):
+@pytest.mark.parametrize("dataset", ["", "a_data_set_with_a_name_of_forty_letters_"])
+def test_table_fits_into_100_columns_and_loses_nothing(dataset):
+    metrics = {f"metric_{index:02d}": 100.0 * index for index in range(40)}
+    results = {dataset: {"task": metrics}} if dataset else {"task": metrics}
+    lines = results_table(results).splitlines()
+    assert max(map(len, lines)) <= 100
+    found = [cell for line in lines for cell in cells(line)]
+    assert all(name in found and f"{value:.3f}" in found for name, value in metrics.items())
+
+
+@pytest.mark.parametrize("results", [{}, {"bbox": {}}, {"bbox": {"AP-cat": 5.0}}])
+def test_table_of_nothing_is_empty(results):
     assert results_table(results) == ""
 
 
@@ -107,15 +124,88 @@ def test_metrics_without_a_record_are_an_error(tmp_path, content):
         plot_metrics(str(path), str(tmp_path / "curves.png"))
 
 
-def test_curves_have_a_panel_for_each_kind_that_exists(tmp_path):
-    losses = [{"iteration": i, "total_loss": 5 / i, "loss_cls": 2 / i} for i in range(20, 400, 20)]
-    widths = []
-    for extra in ({}, {"lr": 0.02}, {"lr": 0.02, "coco/bbox/AP": 30.0}):
-        records = [*losses[:-1], {**losses[-1], **extra}]
-        path = write_lines(tmp_path / "metrics.json", records)
-        plot_metrics(path, str(tmp_path / "run" / "curves.png"))
-        widths.append(Image.open(tmp_path / "run" / "curves.png").width)
-    assert widths == [widths[0], 2 * widths[0], 3 * widths[0]]
+def figure_of(monkeypatch, tmp_path, records, results=None):
+    """The figure that is saved, and its panels by title."""
+    figures = []
+    save = Figure.savefig
+
+    def keep(figure, *args, **kwargs):
+        figures.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    if results is not None:
+        write_results(results, str(tmp_path / "results.json"))
+    path = write_lines(tmp_path / "metrics.json", records)
+    plot_metrics(path, str(tmp_path / "run" / "curves.png"))
+    assert Image.open(tmp_path / "run" / "curves.png").size
+    return figures[0], {axes.get_title(): axes for axes in figures[0].axes}
+
+
+LOSSES = [
+    {"iteration": i, "total_loss": 5 / i, "loss_cls": 2 / i, "loss_box": 1 / i, "rpn/anchors": 7}
+    for i in range(20, 400, 20)
+]
+
+
+def test_curves_have_a_panel_for_each_kind_that_exists(tmp_path, monkeypatch):
+    titles = []
+    for extra in ({}, {"lr": 0.02}, {"lr": 0.02, "coco/bbox/AP": 30.0, "coco/bbox/AP-cat": 1.0}):
+        records = [*LOSSES[:-1], {**LOSSES[-1], **extra}]
+        results = {"coco": {"bbox": {"AP": 30.0, "AP-cat": 1.0, "AP50": math.nan}}}
+        _, panels = figure_of(monkeypatch, tmp_path, records, results)
+        titles.append([title.partition(" (")[0] for title in panels])
+    one, two = ["training loss"], ["training loss", "learning rate"]
+    assert titles == [one, two, [*two, "coco/bbox"]]
+
+
+def test_legends_are_below_the_curves(tmp_path, monkeypatch):
+    figure, panels = figure_of(monkeypatch, tmp_path, LOSSES)
+    figure.canvas.draw()
+    axes = panels["training loss (pale: as written, strong: smoothed)"]
+    assert len(axes.get_legend().get_texts()) == 3
+    assert not axes.get_legend().get_window_extent().overlaps(axes.bbox)
+    assert axes.get_legend().get_window_extent().y0 >= 0  # inside the picture
+
+
+def test_a_single_evaluation_has_bars(tmp_path, monkeypatch):
+    records = [*LOSSES, {"iteration": 399, "bbox/AP": 30.0, "bbox/AP50": 50.0}]
+    results = {"bbox": {"AP": 30.0, "AP50": 50.0}}
+    _, panels = figure_of(monkeypatch, tmp_path, records, results)
+    assert [bar.get_width() for bar in panels["bbox"].patches] == [30.0, 50.0]
+    assert panels["bbox"].get_xlabel() == "after iteration 399"
+    records.append({"iteration": 499, "bbox/AP": 31.0, "bbox/AP50": 51.0})
+    _, panels = figure_of(monkeypatch, tmp_path, records, results)
+    assert [line.get_label() for line in panels["bbox"].lines] == ["AP: 31", "AP50: 51"]
+
+
+class DepthEvaluator(DatasetEvaluator):
+    """What somebody adds: a task of its own with two metrics and one of a class."""
+
+    def process(self, inputs, outputs):
+        pass
+
+    def evaluate(self):
+        return {"depth": {"RMSE": 0.5, "delta": 97.0, "RMSE-cat": 0.1}}
+
+
+def test_a_new_evaluator_needs_no_other_list(cfg, tmp_path, monkeypatch):
+    monkeypatch.setitem(build.BUILDERS, "depth", lambda cfg, name, folder: [DepthEvaluator()])
+    DatasetCatalog.register("eval_test_depth", list)
+    MetadataCatalog.get("eval_test_depth").evaluator_type = "depth"
+    try:
+        results = build_evaluator(cfg, "eval_test_depth").evaluate()
+    finally:
+        DatasetCatalog.remove("eval_test_depth")
+        MetadataCatalog.remove("eval_test_depth")
+    lines = results_table(results).splitlines()
+    assert [cells(lines[0]), cells(lines[2])] == [
+        ["", "RMSE", "delta"],
+        ["depth", "0.500", "97.000"],
+    ]
+    records = [{**LOSSES[-1], "depth/RMSE": 0.5, "depth/delta": 97.0, "depth/RMSE-cat": 0.1}]
+    _, panels = figure_of(monkeypatch, tmp_path, records, results)
+    assert [text.get_text() for text in panels["depth"].get_yticklabels()] == ["RMSE", "delta"]
 
 
 # ---- pictures ----
@@ -202,21 +292,37 @@ def test_a_picture_that_fails_is_a_warning(register, tmp_path, caplog):
     assert not (tmp_path / "pictures").exists()
 
 
+def test_pictures_of_images_of_one_name_do_not_collide(register, tmp_path):
+    truths = [random_truth(np.random.default_rng(i)) for i in range(2)]
+    name, inputs = register(truths)
+    for folder, image in zip("ab", inputs, strict=True):
+        path = tmp_path / folder / "1.jpg"
+        path.parent.mkdir()
+        Image.new("RGB", (56, 40)).save(path)
+        image["file_name"] = str(path)
+    evaluator = PictureEvaluator(name, str(tmp_path / "pictures"))
+    for _ in range(2):  # again under the same names
+        evaluator.reset()
+        evaluator.process(inputs, [panoptic_output(*truth) for truth in truths])
+    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["1.png", "1_2.png"]
+
+
 def test_drawing_leaves_the_random_state_alone():
     metadata = Metadata(thing_classes=["cat"], stuff_classes=["things", "sky"])
     ids = np.repeat([[1, 2]], 8, axis=0).repeat(8, axis=1)
-    info = [{"id": 1, "category_id": 0, "isthing": True, "score": 0.9}]
-    info.append({"id": 2, "category_id": 1, "isthing": False})
+    thing = {"category_id": 0, "isthing": True, "score": 0.9, "mask": ids == 1}
+    stuff = {"category_id": 1, "isthing": False, "mask": ids == 2}
     before = np.random.get_state()[1].copy()
-    segments = panoptic_segments(ids, info, metadata)
-    draw_segments(np.zeros((8, 16, 3), np.uint8), segments, width=128)
+    draw_segments(np.zeros((8, 16, 3), np.uint8), [thing, stuff], metadata, width=128)
     np.testing.assert_array_equal(before, np.random.get_state()[1])
-    assert [segment.text for segment in segments] == ["cat 90%", "sky"]
+    assert [segment_text(s, metadata) for s in (thing, stuff)] == ["cat 90%", "sky"]
+    crowd = {"category_id": 5, "isthing": True, "iscrowd": 1}
+    assert segment_text(crowd, metadata) == "class 5 (crowd)"
 
 
 def test_classes_without_colours_get_distinct_ones():
-    colors = {class_color(Metadata(), i, is_thing) for i in range(30) for is_thing in (0, 1)}
-    assert len(colors) == 60
+    colors = {class_color(Metadata(), i, is_thing) for i in range(10) for is_thing in (0, 1)}
+    assert len(colors) == 20
 
 
 # ---- the choice of evaluators ----
@@ -248,6 +354,9 @@ def test_evaluators_of_a_panoptic_data_set(register, cfg):
     cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"  # a detector
     assert kinds(build_evaluator(cfg, name)) == [CocoEvaluator]
     assert kinds(build_evaluator(cfg, "eval_test_stuffonly")) == [SemSegEvaluator]
+    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
+    assert kinds(build_evaluator(cfg, name)) == [COCOEvaluator]
+    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
     cfg.TEST.NUM_PICTURES = 3
     assert kinds(build_evaluator(cfg, name)) == [CocoEvaluator, PictureEvaluator]
 

@@ -1,11 +1,13 @@
 """The evaluators of a data set, chosen by its metadata."""
 
 import os
+from collections.abc import Callable
+from functools import partial
 
 from detectron2 import evaluation
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 
 from gn_practical.training.architectures import architecture
 from gn_practical.training.evaluation.coco import CocoEvaluator
@@ -13,14 +15,7 @@ from gn_practical.training.evaluation.panoptic import PanopticEvaluator
 from gn_practical.training.evaluation.pictures import PictureEvaluator
 from gn_practical.training.evaluation.sem_seg import SemSegEvaluator
 
-# Evaluators of Detectron2 itself; they take no folder but LVIS's.
-_BY_DETECTRON2 = {
-    "cityscapes_instance": "CityscapesInstanceEvaluator",
-    "cityscapes_sem_seg": "CityscapesSemSegEvaluator",
-    "pascal_voc": "PascalVOCDetectionEvaluator",
-    "lvis": "LVISEvaluator",
-}
-_TYPES = ("coco", "coco_panoptic_seg", "sem_seg", *_BY_DETECTRON2)
+Builder = Callable[[CfgNode, str, str], list[DatasetEvaluator]]
 
 
 def build_evaluator(
@@ -49,45 +44,54 @@ def build_evaluator(
     folder = [dataset_name] if len(cfg.DATASETS.TEST) > 1 else []
     if output_dir is None:
         output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", *folder)
-    evaluators = _evaluators(cfg, dataset_name, output_dir)
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind not in BUILDERS:
+        raise ValueError(
+            f"evaluator_type of data set {dataset_name} must be one of {', '.join(BUILDERS)}, got "
+            f"evaluator_type={kind}. Set it with MetadataCatalog.get({dataset_name!r})"
+            ".set(evaluator_type=...), or override build_evaluator."
+        )
+    evaluators = BUILDERS[kind](cfg, dataset_name, output_dir)
     if cfg.TEST.get("NUM_PICTURES", 0) > 0:
         pictures_dir = os.path.join(cfg.OUTPUT_DIR, "pictures", *folder)
         evaluators.append(PictureEvaluator(dataset_name, pictures_dir, cfg.TEST.NUM_PICTURES))
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 
 
-def _evaluators(cfg: CfgNode, dataset_name: str, output_dir: str) -> list[DatasetEvaluator]:
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    if kind == "coco":
-        return [CocoEvaluator(dataset_name, output_dir=output_dir)]
-    if kind == "sem_seg":
-        return [SemSegEvaluator(dataset_name, output_dir)]
-    if kind == "coco_panoptic_seg":
-        return _panoptic_evaluators(cfg, dataset_name, output_dir)
-    if kind not in _TYPES:
-        raise ValueError(
-            f"evaluator_type of data set {dataset_name} must be one of {', '.join(_TYPES)}, got "
-            f"evaluator_type={kind}. Set it with MetadataCatalog.get({dataset_name!r})"
-            ".set(evaluator_type=...), or override build_evaluator."
-        )
-    # By name, so that lvis and cityscapesscripts are imported where they are needed only.
-    evaluator = getattr(evaluation, _BY_DETECTRON2[kind])
-    if kind == "lvis":
-        return [evaluator(dataset_name, output_dir=output_dir)]
-    return [evaluator(dataset_name)]
+def _coco(cfg: CfgNode, dataset_name: str, output_dir: str) -> list[DatasetEvaluator]:
+    if "proposals" in architecture(cfg.MODEL.META_ARCHITECTURE).predicts:
+        return [COCOEvaluator(dataset_name, output_dir=output_dir)]
+    sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
+    return [CocoEvaluator(dataset_name, output_dir, kpt_oks_sigmas=sigmas)]
 
 
-def _panoptic_evaluators(
-    cfg: CfgNode, dataset_name: str, output_dir: str
-) -> list[DatasetEvaluator]:
+def _panoptic(cfg: CfgNode, dataset_name: str, output_dir: str) -> list[DatasetEvaluator]:
     predicted = architecture(cfg.MODEL.META_ARCHITECTURE).predicts
     metadata = MetadataCatalog.get(dataset_name)
     evaluators: list[DatasetEvaluator] = []
     # The "standard" panoptic format of Detectron2 has neither label nor, perhaps, instance files.
     if "sem_seg" in predicted and metadata.get("sem_seg_root"):
         evaluators.append(SemSegEvaluator(dataset_name, output_dir))
-    if "instances" in predicted and metadata.get("json_file"):
-        evaluators.append(CocoEvaluator(dataset_name, output_dir=output_dir))
+    if predicted & {"instances", "proposals"} and metadata.get("json_file"):
+        evaluators += _coco(cfg, dataset_name, output_dir)
     if "panoptic" in predicted and cfg.MODEL.PANOPTIC_FPN.COMBINE.ENABLED:
         evaluators.append(PanopticEvaluator(dataset_name, output_dir))
     return evaluators
+
+
+def _by_detectron2(name: str, cfg: CfgNode, dataset_name: str, folder: str) -> list:
+    # By name, so that lvis and cityscapesscripts are imported where they are needed only.
+    options = {"output_dir": folder} if name == "LVISEvaluator" else {}
+    return [getattr(evaluation, name)(dataset_name, **options)]
+
+
+# evaluator_type → what builds the evaluators from the config, the data set and the folder.
+BUILDERS: dict[str, Builder] = {
+    "coco": _coco,
+    "sem_seg": lambda cfg, dataset_name, folder: [SemSegEvaluator(dataset_name, folder)],
+    "coco_panoptic_seg": _panoptic,
+    "cityscapes_instance": partial(_by_detectron2, "CityscapesInstanceEvaluator"),
+    "cityscapes_sem_seg": partial(_by_detectron2, "CityscapesSemSegEvaluator"),
+    "pascal_voc": partial(_by_detectron2, "PascalVOCDetectionEvaluator"),
+    "lvis": partial(_by_detectron2, "LVISEvaluator"),
+}

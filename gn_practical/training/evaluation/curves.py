@@ -1,26 +1,21 @@
 """Loss, learning rate and metrics over the iterations, as one picture."""
 
 import json
+import math
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from gn_practical.training.evaluation.results import flat_results
+
 Series = tuple[list[int], list[float]]
 
-_METRICS = ("PQ", "PQ_th", "PQ_st", "AP", "AP50", "mIoU", "error")
-_TASKS = {
-    "panoptic_seg": "",
-    "bbox": "box ",
-    "segm": "mask ",
-    "keypoints": "keypoint ",
-    "sem_seg": "",
-    "classification": "",
-}
+_LOSSES = ("loss", "total_loss")  # how the names of losses begin, behind a "model/"
 
 
 def read_metrics(path: str) -> dict[str, Series]:
@@ -57,7 +52,10 @@ def read_metrics(path: str) -> dict[str, Series]:
 
 
 def plot_metrics(metrics_json_path: str, output_png: str) -> None:
-    """Draw the curves of a run: losses (raw and smoothed), learning rate, evaluation metrics.
+    """Draw the curves of a run: losses (raw and smoothed), learning rate, each task's metrics.
+
+    The tasks and metrics are those of ``results.json`` in the same folder; those of single classes
+    are left out. A task that was evaluated once has bars.
 
     Args:
         metrics_json_path: ``metrics.json`` in a run's OUTPUT_DIR.
@@ -70,22 +68,16 @@ def plot_metrics(metrics_json_path: str, output_png: str) -> None:
         >>> plot_metrics("output/metrics.json", "output/curves.png")  # doctest: +SKIP
     """
     series = read_metrics(metrics_json_path)
-    losses = {k: v for k, v in series.items() if k == "total_loss" or _is_partial_loss(k)}
-    metrics = {_metric_title(k): v for k, v in series.items() if _metric_title(k)}
-    rates = {"lr": series["lr"]} if "lr" in series else {}
-    panels = [
-        (draw, curves)
-        for draw, curves in ((_draw_losses, losses), (_draw_rate, rates), (_draw_metrics, metrics))
-        if curves
-    ]
-    figure = Figure(figsize=(6.5 * max(1, len(panels)), 5), layout="constrained")
-    for index, (draw, curves) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), index + 1)
-        draw(axes, curves)
-        axes.set_xlabel("iteration")
-        axes.grid(alpha=0.3)
-    os.makedirs(os.path.dirname(output_png) or ".", exist_ok=True)
-    figure.savefig(output_png, dpi=110)
+    losses = {k: v for k, v in series.items() if k.rpartition("/")[2].startswith(_LOSSES)}
+    panels = [("training loss (pale: as written, strong: smoothed)", _draw_losses, losses)]
+    rates = {name: series[name] for name in ("lr",) if name in series}
+    panels.append(("learning rate", _draw_lines, rates))
+    errors = {name: series[name] for name in ("train_error",) if name in series}
+    panels.append(("training error (smoothed)", _draw_smoothed, errors))
+    for task, curves in _evaluated(series, metrics_json_path).items():
+        once = all(len(values) == 1 for _, values in curves.values())
+        panels.append((task, _draw_bars if once else _draw_lines, curves))
+    _draw([panel for panel in panels if panel[2]], output_png)
 
 
 def _parse(line: str) -> dict[str, Any] | None:
@@ -107,18 +99,31 @@ def _series(records: dict[int, dict[str, Any]]) -> dict[str, Series]:
     return dict(series)
 
 
-def _is_partial_loss(name: str) -> bool:
-    return name.startswith("loss") or (name.rpartition("/")[2].startswith("loss"))
+def _evaluated(series: dict[str, Series], metrics_json_path: str) -> dict[str, dict[str, Series]]:
+    """Task → metric → its curve, as far as ``results.json`` names them."""
+    path = os.path.join(os.path.dirname(metrics_json_path), "results.json")
+    tasks: dict[str, dict[str, Series]] = defaultdict(dict)
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            for task, metric, _ in flat_results(json.load(file)):
+                if f"{task}/{metric}" in series:
+                    tasks[task][metric] = series[f"{task}/{metric}"]
+    return tasks
 
 
-def _metric_title(name: str) -> str | None:
-    """Turn "coco/bbox/AP" into "coco box AP"; None for what is not one of the main metrics."""
-    if name == "train_error":  # of a classifier, batch by batch
-        return "training error"
-    *dataset, task, metric = name.split("/") if "/" in name else ("", name)
-    if task not in _TASKS or metric not in _METRICS:
-        return None
-    return " ".join([*dataset, _TASKS[task] + metric])
+def _draw(panels: list[tuple[str, Callable[..., None], dict[str, Series]]], path: str) -> None:
+    columns = min(3, max(1, len(panels)))
+    rows = math.ceil(max(1, len(panels)) / columns)
+    figure = Figure(figsize=(6.5 * columns, 5 * rows), layout="constrained")
+    for index, (title, draw, curves) in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, columns, index)
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+        draw(axes, curves)
+        if len(curves) > 1 and axes.get_legend_handles_labels()[0]:  # below: it hides nothing
+            axes.legend(fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    figure.savefig(path, dpi=110)
 
 
 def _draw_losses(axes: Axes, curves: dict[str, Series]) -> None:
@@ -128,25 +133,33 @@ def _draw_losses(axes: Axes, curves: dict[str, Series]) -> None:
         color = "black" if name == "total_loss" else f"C{index - 1}"
         axes.plot(iterations, values, color=color, alpha=0.35, linewidth=0.8)
         axes.plot(iterations, smooth(values), color=color, label=name, linewidth=1.6)
-    axes.set_title("training loss (pale: as written, strong: smoothed)")
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize="small")
+    _from_zero(axes)
 
 
-def _draw_rate(axes: Axes, curves: dict[str, Series]) -> None:
-    axes.plot(*curves["lr"], color="C3")
-    axes.set_title("learning rate")
-    axes.set_ylim(bottom=0)
+def _draw_smoothed(axes: Axes, curves: dict[str, Series]) -> None:
+    _draw_lines(axes, {name: (steps, smooth(values)) for name, (steps, values) in curves.items()})
 
 
-def _draw_metrics(axes: Axes, curves: dict[str, Series]) -> None:
+def _draw_lines(axes: Axes, curves: dict[str, Series]) -> None:
     for name, (iterations, values) in curves.items():
         style = {"marker": "o", "markersize": 4} if len(values) < 200 else {}
-        drawn = smooth(values) if name == "training error" else values
-        axes.plot(iterations, drawn, label=f"{name}: {drawn[-1]:.3g}", **style)
-    axes.set_title("evaluation, percent (legend: last value)")
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize="small")
+        axes.plot(iterations, values, label=f"{name}: {values[-1]:.3g}", **style)
+    _from_zero(axes)
+
+
+def _draw_bars(axes: Axes, curves: dict[str, Series]) -> None:
+    names = list(curves)
+    bars = axes.barh(names, [curves[name][1][0] for name in names])
+    axes.bar_label(bars, fmt="%.3g", padding=3)
+    axes.margins(x=0.1)  # room for the numbers
+    axes.invert_yaxis()  # the first on top
+    axes.set_xlabel(f"after iteration {curves[names[0]][0][0]}")
+
+
+def _from_zero(axes: Axes) -> None:
+    axes.set_xlabel("iteration")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=min(0, axes.dataLim.y0))
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:

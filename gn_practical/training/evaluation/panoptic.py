@@ -4,8 +4,9 @@ import json
 import logging
 import os
 import tempfile
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,13 @@ from hotcoco.panoptic import PanopticEval
 from PIL import Image
 from tabulate import tabulate
 
-from gn_practical.training.data.coco_format import id_to_rgb
+from gn_practical.training.data.coco_format import id_to_rgb, read_json
+from gn_practical.training.evaluation.ids import (
+    check_predicted_once,
+    dataset_class,
+    numbered,
+    unused,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -83,13 +90,15 @@ class PanopticEvaluator(DatasetEvaluator):
     ``hotcoco``, on each rank for its own images, and the classes' tallies are summed on the main
     rank: memory stays flat, and machines need no file system in common.
 
-    Predictions go to ``output_dir/panoptic/*.png`` while they come, and to
-    ``output_dir/predictions.json`` at the end, in COCO's panoptic format; without ``output_dir``
-    they are dropped.
+    Predictions go to ``output_dir/panoptic/*.png``, named as the ground truth's, while they come,
+    and to ``output_dir/predictions.json`` at the end, in COCO's panoptic format; without
+    ``output_dir`` they are dropped.
 
-    Differences from ``COCOPanopticEvaluator``: a group without classes (a data set without
-    things, say) gives NaN where the official code stops with an error, and the results hold
-    "PQ-<class>" beside the nine official keys.
+    Differences from ``COCOPanopticEvaluator``: areas are those of the PNGs, whatever the json says
+    (where it is wrong, the official code finds an IoU above 1); ids of images and categories may be
+    any numbers or texts; a group without classes (a data set without things, say) gives NaN where
+    the official code stops with an error; the results hold "PQ-<class>" beside the nine official
+    keys.
 
     Args:
         dataset_name: a registered data set with ``panoptic_json``, ``panoptic_root`` and the maps
@@ -97,23 +106,36 @@ class PanopticEvaluator(DatasetEvaluator):
         output_dir: folder for the predictions.
 
     Raises:
-        ValueError: from ``evaluate``, if an image of the ground truth was not predicted exactly
-            once; from ``process``, if a predicted class is not one of the data set's.
+        ValueError: if ids in the ground truth are unknown or given twice; from ``process``, if a
+            predicted class or image is not in the ground truth, or its PNG is not RGB or has
+            another size; from ``evaluate``, if an image was not predicted exactly once.
 
     Example:
-        >>> evaluator = PanopticEvaluator("coco_2017_val_panoptic_separated")
+        >>> evaluator = PanopticEvaluator("coco_2017_val_panoptic_separated")  # doctest: +SKIP
     """
 
     def __init__(self, dataset_name: str, output_dir: str | None = None) -> None:
-        self._dataset_name = dataset_name
         self._metadata = MetadataCatalog.get(dataset_name)
         self._thing_ids = _inverse(self._metadata.thing_dataset_id_to_contiguous_id)
         self._stuff_ids = _inverse(self._metadata.stuff_dataset_id_to_contiguous_id)
-        self._output_dir = output_dir
+        self._name, self._output_dir = dataset_name, output_dir
+        self._path = self._metadata.panoptic_json
+        self._content = read_json(PathManager.get_local_path(self._path))
+        annotations = self._content["annotations"]
+        self._truth = {annotation["image_id"]: annotation for annotation in annotations}
+        of = f"in {self._path}"
+        self._images = numbered((a["image_id"] for a in annotations), f"annotated images {of}")
+        categories = (category["id"] for category in self._content["categories"])
+        self._categories = numbered(categories, f"categories {of}")
+        for annotation in annotations:
+            self._check_segments(annotation)
+        taken: set[str] = set()
+        self._files = {i: f"{unused(_stem(a), taken)}.png" for i, a in self._truth.items()}
+        self.reset()
 
     def reset(self) -> None:
         """Forget all predictions."""
-        self._annotations: list[Annotation] = []
+        self._predictions: dict[Any, Annotation] = {}
         self._temporary_dir = None
         if self._output_dir is not None:
             self._png_dir = os.path.join(self._output_dir, "panoptic")
@@ -130,38 +152,61 @@ class PanopticEvaluator(DatasetEvaluator):
                 is None, ids are ``class * label_divisor + instance``, -1 for void.
         """
         for image, output in zip(inputs, outputs, strict=True):
+            image_id = image["image_id"]
+            if image_id not in self._truth or image_id in self._predictions:
+                check_predicted_once([*self._predictions, image_id], self._predictions, self._path)
             segment_ids, segments = self._to_coco(*output["panoptic_seg"])
-            file_name = self._png_name(image["file_name"])
+            self._check_png(self._truth[image_id]["file_name"], segment_ids.shape)
+            file_name = self._files[image_id]
             path = os.path.join(self._png_dir, file_name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             Image.fromarray(id_to_rgb(segment_ids)).save(path, compress_level=1)
-            self._annotations.append(
-                {
-                    "image_id": image["image_id"],
-                    "file_name": file_name,
-                    "segments_info": segments,
-                }
-            )
+            prediction = {"image_id": image_id, "file_name": file_name, "segments_info": segments}
+            self._predictions[image_id] = prediction
 
     def evaluate(self) -> OrderedDict | None:
         """Percentages under "panoptic_seg" on the main rank, None on the others."""
-        with PathManager.open(self._metadata.panoptic_json) as f:
-            ground_truth = json.load(f)
-        gathered = comm.gather((self._annotations, self._tallies(ground_truth)))
+        gathered = comm.gather((list(self._predictions.values()), self._tallies()))
         if self._temporary_dir is not None:
             self._temporary_dir.cleanup()
         if not comm.is_main_process():
             return None
-        annotations = [annotation for part, _ in gathered for annotation in part]
-        self._check_complete(annotations, ground_truth["annotations"])
-        self._write_predictions(annotations, ground_truth)
-        categories = ground_truth["categories"]
-        zero = np.zeros(4)
-        sums = {
-            c["id"]: sum((part.get(c["id"], zero) for _, part in gathered), zero)
-            for c in categories
+        predictions = [prediction for part, _ in gathered for prediction in part]
+        check_predicted_once((p["image_id"] for p in predictions), self._truth, self._path)
+        self._write(predictions)
+        tallies = {
+            category: sum((part[number] for _, part in gathered if part), np.zeros(4))
+            for category, number in self._categories.items()
         }
-        return OrderedDict(panoptic_seg=self._summarize(sums, categories))
+        return OrderedDict(panoptic_seg=self._summarize(tallies))
+
+    def _check_segments(self, annotation: Annotation) -> None:
+        segments = annotation["segments_info"]
+        numbered((s["id"] for s in segments), f"segments of image {annotation['image_id']!r}")
+        for segment in segments:
+            number, category = segment["id"], segment["category_id"]
+            if not (isinstance(number, int) and 0 < number < 2**24) or (
+                category not in self._categories
+            ):
+                raise ValueError(
+                    f"Segments in {self._path} must have an id from 1 to {2**24 - 1} and a known "
+                    f"category, got id={number!r} with category_id={category!r} in image "
+                    f"{annotation['image_id']!r}. Correct the file."
+                )
+
+    def _check_png(self, file_name: str, shape: tuple[int, int]) -> None:
+        path = os.path.join(self._metadata.panoptic_root, file_name)
+        try:
+            with PathManager.open(path, "rb") as file, Image.open(file) as png:  # its header alone
+                found = f"mode={png.mode} size={png.size}"
+                fits = png.mode in ("RGB", "RGBA") and png.size == shape[::-1]
+        except OSError as error:
+            found, fits = str(error), False
+        if not fits:
+            raise ValueError(
+                f"A panoptic PNG must be RGB with the prediction's size {shape[::-1]}, got "
+                f"{found} in {path}. Restore the file or prepare the data set again."
+            )
 
     def _to_coco(
         self, panoptic_seg: torch.Tensor, segments_info: list[dict] | None
@@ -175,64 +220,61 @@ class PanopticEvaluator(DatasetEvaluator):
         segment = dict(segment)
         is_thing = segment.pop("isthing", None)
         if is_thing is None:  # the model predicts the data set's own ids
-            return segment
-        ids = self._thing_ids if is_thing else self._stuff_ids
-        if segment["category_id"] not in ids:
-            raise ValueError(
-                f"The predicted class must be one of the {len(ids)} "
-                f"{'thing' if is_thing else 'stuff'} classes of {self._dataset_name}, got "
-                f"category_id={segment['category_id']}. Set MODEL.ROI_HEADS.NUM_CLASSES and "
-                "MODEL.SEM_SEG_HEAD.NUM_CLASSES to the classes of the data set."
-            )
-        return {**segment, "category_id": ids[segment["category_id"]]}
+            ids = {category: category for category in self._categories}
+        else:
+            ids = self._thing_ids if is_thing else self._stuff_ids
+        of = f"{'thing' if is_thing else 'stuff'} classes of {self._name}"
+        return {**segment, "category_id": dataset_class(segment["category_id"], ids, of)}
 
-    def _png_name(self, image_file: str) -> str:
-        # Keep the folders below the image root: two images may have the same base name.
-        root = self._metadata.get("image_root") or os.path.dirname(image_file)
-        name = os.path.relpath(image_file, root)
-        if name.startswith(os.pardir):
-            name = os.path.basename(name)
-        return os.path.splitext(name)[0] + ".png"
-
-    def _tallies(self, ground_truth: dict) -> Tallies:
-        """(Σ IoU, TP, FP, FN) of each class over the images of this rank."""
-        wanted = {annotation["image_id"] for annotation in ground_truth["annotations"]}
-        predictions = [a for a in self._annotations if a["image_id"] in wanted]
-        if not predictions:
+    def _tallies(self) -> Tallies:
+        """(Σ IoU, TP, FP, FN) of each class, by its number, over the images of this rank."""
+        if not self._predictions:
             return {}
         evaluation = PanopticEval(
-            _restrict(ground_truth, {a["image_id"] for a in predictions}),
-            {"annotations": predictions},
+            self._numbered(self._truth[image_id] for image_id in self._predictions),
+            self._numbered(self._predictions.values()),
             gt_folder=PathManager.get_local_path(self._metadata.panoptic_root),
             pred_folder=self._png_dir,
         )
         evaluation.evaluate()
         return {
-            category: np.array([row["iou"], row["tp"], row["fp"], row["fn"]], dtype=np.float64)
-            for category, row in evaluation.results()["per_class"].items()
+            number: np.array([row["iou"], row["tp"], row["fp"], row["fn"]], dtype=np.float64)
+            for number, row in evaluation.results()["per_class"].items()
         }
 
-    def _check_complete(
-        self, predictions: list[Annotation], ground_truth: list[Annotation]
-    ) -> None:
-        counts = Counter(annotation["image_id"] for annotation in predictions)
-        wrong = [a["image_id"] for a in ground_truth if counts[a["image_id"]] != 1]
-        if wrong:
-            raise ValueError(
-                f"Each image of {self._metadata.panoptic_json} must be predicted once, got "
-                f"{counts[wrong[0]]} predictions for image_id={wrong[0]} ({len(wrong)} such "
-                "images). Make the data set's instances and panoptic files list the same images."
-            )
+    def _numbered(self, annotations: Iterable[Annotation]) -> dict[str, list]:
+        """Return what hotcoco reads, under numbers; areas left out, it counts pixels."""
+        numbered_annotations = [
+            {
+                "image_id": self._images[annotation["image_id"]],
+                "file_name": annotation["file_name"],
+                "segments_info": [
+                    {
+                        "id": segment["id"],
+                        "category_id": self._categories[segment["category_id"]],
+                        "iscrowd": int(segment.get("iscrowd", 0) == 1),
+                    }
+                    for segment in annotation["segments_info"]
+                ],
+            }
+            for annotation in annotations
+        ]
+        return {
+            "images": [{"id": annotation["image_id"]} for annotation in numbered_annotations],
+            "annotations": numbered_annotations,
+            "categories": [{"id": n, "name": str(n)} for n in self._categories.values()],
+        }
 
-    def _write_predictions(self, annotations: list[Annotation], ground_truth: dict) -> None:
+    def _write(self, predictions: list[Annotation]) -> None:
         if self._output_dir is None:
             return
         path = os.path.join(self._output_dir, "predictions.json")
-        with PathManager.open(path, "w") as f:
-            json.dump({**ground_truth, "annotations": annotations}, f)
+        with PathManager.open(path, "w") as file:
+            json.dump({**self._content, "annotations": predictions}, file)
         logger.info("Panoptic predictions saved to %s and %s", path, self._png_dir)
 
-    def _summarize(self, tallies: Tallies, categories: list[dict]) -> dict[str, float]:
+    def _summarize(self, tallies: Tallies) -> dict[str, float]:
+        categories = self._content["categories"]
         known_things = set(self._thing_ids.values())
         things = {c["id"] for c in categories if c.get("isthing", c["id"] in known_things)}
         groups = {
@@ -240,44 +282,33 @@ class PanopticEvaluator(DatasetEvaluator):
             "_th": {c: t for c, t in tallies.items() if c in things},
             "_st": {c: t for c, t in tallies.items() if c not in things},
         }
-        results = {
-            name + suffix: value
-            for suffix, group in groups.items()
-            for name, value in panoptic_quality(group.values()).items()
+        by_group = {suffix: panoptic_quality(group.values()) for suffix, group in groups.items()}
+        by_class = {c["name"]: panoptic_quality([tallies[c["id"]]]) for c in categories}
+        titles = {"All": "", "Things": "_th", "Stuff": "_st"}
+        _log("Panoptic quality", {title: by_group[suffix] for title, suffix in titles.items()})
+        seen = {name: row for name, row in by_class.items() if row["PQ"] == row["PQ"]}
+        _log("Panoptic quality of each class", seen)
+        return {
+            **{name + suffix: v for suffix, row in by_group.items() for name, v in row.items()},
+            **{f"PQ-{name}": row["PQ"] for name, row in by_class.items()},
         }
-        _log_groups(results, groups)
-        per_class = {c["name"]: panoptic_quality([tallies[c["id"]]]) for c in categories}
-        _log_classes(per_class)
-        return {**results, **{f"PQ-{name}": row["PQ"] for name, row in per_class.items()}}
 
 
-def _inverse(mapping: dict[int, int]) -> dict[int, int]:
+def _inverse(mapping: dict[Any, int]) -> dict[int, Any]:
     return {value: key for key, value in mapping.items()}
 
 
-def _restrict(ground_truth: dict, image_ids: set) -> dict:
-    return {
-        "images": [image for image in ground_truth["images"] if image["id"] in image_ids],
-        "annotations": [a for a in ground_truth["annotations"] if a["image_id"] in image_ids],
-        "categories": ground_truth["categories"],
-    }
+def _stem(annotation: Annotation) -> str:
+    """Path of the PNG without its ending, kept inside the folder of the predictions."""
+    path = PurePosixPath(annotation["file_name"]).with_suffix("")
+    return str(PurePosixPath(*(part for part in path.parts if part not in ("/", ".."))))
 
 
-def _log_groups(results: dict[str, float], groups: dict[str, Tallies]) -> None:
-    rows = [
-        [
-            title,
-            *(results[key + suffix] for key in ("PQ", "SQ", "RQ")),
-            sum(bool(tally[1:].any()) for tally in groups[suffix].values()),
-        ]
-        for title, suffix in (("All", ""), ("Things", "_th"), ("Stuff", "_st"))
-    ]
-    headers = ["", "PQ", "SQ", "RQ", "#classes"]
-    table = tabulate(rows, headers, tablefmt="pipe", floatfmt=".3f")
-    logger.info("Panoptic evaluation results:\n%s", table)
-
-
-def _log_classes(per_class: dict[str, dict[str, float]]) -> None:
-    rows = [[name, *row.values()] for name, row in per_class.items() if row["PQ"] == row["PQ"]]
-    table = tabulate(rows, ["class", "PQ", "SQ", "RQ"], tablefmt="pipe", floatfmt=".3f")
-    logger.info("Panoptic quality per class:\n%s", table)
+def _log(title: str, rows: dict[str, dict[str, float]]) -> None:
+    table = tabulate(
+        [[name, *row.values()] for name, row in rows.items()],
+        ["", "PQ", "SQ", "RQ"],
+        tablefmt="pipe",
+        floatfmt=".3f",
+    )
+    logger.info("%s:\n%s", title, table)

@@ -4,13 +4,15 @@ import json
 import logging
 import os
 from functools import cached_property
+from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.structures import BoxMode
+from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from detectron2.utils.file_io import PathManager
@@ -18,14 +20,9 @@ from detectron2.utils.visualizer import GenericMask
 from PIL import Image
 
 from gn_practical.training.data.coco_format import rgb_to_id
+from gn_practical.training.evaluation.ids import unused
 from gn_practical.training.evaluation.panoptic import split_panoptic_labels
-from gn_practical.training.evaluation.segments import (
-    Segment,
-    draw_segments,
-    instance_segments,
-    panoptic_segments,
-    semantic_segments,
-)
+from gn_practical.training.evaluation.segments import draw_segments
 from gn_practical.training.evaluation.sem_seg import read_label_image
 
 logger = logging.getLogger(__name__)
@@ -67,7 +64,7 @@ class PictureEvaluator(DatasetEvaluator):
     def reset(self) -> None:
         """Begin again with the first image."""
         self._remaining = self._num_pictures if comm.is_main_process() else 0
-        self._drawn = 0
+        self._names: set[str] = set()
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Draw what is still to be drawn.
@@ -87,92 +84,96 @@ class PictureEvaluator(DatasetEvaluator):
 
     def evaluate(self) -> None:
         """Say where the pictures are; there are no results."""
-        if self._drawn:
-            logger.info("%d pictures saved to %s", self._drawn, self._output_dir)
+        if self._names:
+            logger.info("%d pictures saved to %s", len(self._names), self._output_dir)
         for name in ("_records", "_panoptic_annotations"):  # no need to keep them until next time
             self.__dict__.pop(name, None)
 
     def _draw(self, image: dict, output: dict) -> np.ndarray:
+        title = "prediction"
         if "panoptic_seg" in output:
-            prediction = self._predicted_panoptic(*output["panoptic_seg"])
-            title, truth = "prediction", self._true_panoptic(image)
+            prediction, truth = self._panoptic(*output["panoptic_seg"]), self._true_panoptic(image)
         elif "instances" in output:
-            title, prediction = self._predicted_instances(output["instances"].to("cpu"))
+            title, prediction = self._instances(output["instances"].to("cpu"))
             truth = self._true_instances(image)
         else:
-            labels = output["sem_seg"].argmax(dim=0).cpu().numpy()
-            title, prediction = "prediction", semantic_segments(labels, self._metadata)
-            truth = self._true_semantic(image)
+            prediction = self._semantic(output["sem_seg"].argmax(dim=0).cpu().numpy())
+            record = self._records[image["file_name"]]
+            truth = self._semantic(read_label_image(record["sem_seg_file_name"]))
         pixels = read_image(image["file_name"], format="RGB")
         width = int(np.clip(pixels.shape[1], *_PANEL_WIDTH))
-        panels = [draw_segments(pixels, segments, width) for segments in (prediction, truth)]
+        panels = [draw_segments(pixels, s, self._metadata, width) for s in (prediction, truth)]
         return _side_by_side(panels, [title, "ground truth"])
 
+    def _panoptic(self, ids: torch.Tensor, segments: list[dict] | None) -> list[dict]:
+        ids = ids.cpu().numpy()
+        if segments is None:
+            ids, segments = split_panoptic_labels(ids, self._metadata)
+        return [{**segment, "mask": ids == segment["id"]} for segment in segments]
+
+    def _true_panoptic(self, image: dict) -> list[dict]:
+        annotation = self._panoptic_annotations[image["image_id"]]
+        path = os.path.join(self._metadata.panoptic_root, annotation["file_name"])
+        with PathManager.open(path, "rb") as f:
+            segment_ids = rgb_to_id(np.array(Image.open(f).convert("RGB")))
+        things = self._metadata.thing_dataset_id_to_contiguous_id
+        contiguous = {**self._metadata.stuff_dataset_id_to_contiguous_id, **things}
+        return [
+            {
+                **segment,
+                "category_id": contiguous[segment["category_id"]],
+                "isthing": segment["category_id"] in things,
+                "mask": segment_ids == segment["id"],
+            }
+            for segment in annotation["segments_info"]
+        ]
+
+    def _instances(self, instances: Instances) -> tuple[str, list[dict]]:
+        kept = instances[instances.scores >= self._min_score]
+        fields = {"category_id": "pred_classes", "score": "scores", "mask": "pred_masks"}
+        columns = {key: kept.get(name).numpy() for key, name in fields.items() if kept.has(name)}
+        columns["box"] = kept.pred_boxes.tensor.numpy()
+        rows = zip(*columns.values(), strict=True)
+        segments = [{**dict(zip(columns, row, strict=True)), "isthing": True} for row in rows]
+        return (
+            f"prediction: score >= {self._min_score:g} ({len(kept)} of {len(instances)})",
+            segments,
+        )
+
+    def _true_instances(self, image: dict) -> list[dict]:
+        record = self._records[image["file_name"]]
+        size = record["height"], record["width"]
+        return [
+            {
+                **annotation,
+                "isthing": True,
+                "box": BoxMode.convert(
+                    annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS
+                ),
+                "mask": GenericMask(annotation["segmentation"], *size).mask
+                if "segmentation" in annotation
+                else None,
+            }
+            for annotation in record.get("annotations", [])
+        ]
+
+    def _semantic(self, labels: np.ndarray) -> list[dict]:
+        known = [int(n) for n in np.unique(labels) if n < len(self._metadata.stuff_classes)]
+        return [{"category_id": n, "isthing": False, "mask": labels == n} for n in known]
+
     def _save(self, image_file: str, picture: np.ndarray) -> None:
-        name = os.path.splitext(os.path.basename(image_file))[0]
+        name = unused(os.path.splitext(os.path.basename(image_file))[0], self._names)
         os.makedirs(self._output_dir, exist_ok=True)
         Image.fromarray(picture).save(os.path.join(self._output_dir, f"{name}.png"))
         if has_event_storage():
             get_event_storage().put_image(f"pictures/{name}", picture.transpose(2, 0, 1))
-        self._drawn += 1
-
-    def _predicted_panoptic(self, segment_ids, segments_info) -> list[Segment]:  # noqa: ANN001
-        segment_ids = segment_ids.cpu().numpy()
-        if segments_info is None:
-            segment_ids, segments_info = split_panoptic_labels(segment_ids, self._metadata)
-        return panoptic_segments(segment_ids, segments_info, self._metadata)
-
-    def _predicted_instances(self, instances) -> tuple[str, list[Segment]]:  # noqa: ANN001
-        kept = instances[instances.scores >= self._min_score]
-        segments = instance_segments(
-            kept.pred_boxes.tensor.numpy(),
-            kept.pred_classes.tolist(),
-            self._metadata,
-            masks=kept.pred_masks.numpy() if kept.has("pred_masks") else None,
-            scores=kept.scores.tolist(),
-        )
-        title = f"prediction: score >= {self._min_score:g} ({len(kept)} of {len(instances)})"
-        return title, segments
-
-    def _true_panoptic(self, image: dict) -> list[Segment]:
-        annotation = self._panoptic_annotations[image["image_id"]]
-        path = os.path.join(self._metadata.panoptic_root, annotation["file_name"])
-        with PathManager.open(path, "rb") as f:
-            segment_ids = rgb_to_id(np.array(Image.open(f).convert("RGB"))).astype(np.int32)
-        things = self._metadata.thing_dataset_id_to_contiguous_id
-        ids = {**self._metadata.stuff_dataset_id_to_contiguous_id, **things}
-        segments_info = [
-            {**s, "category_id": ids[s["category_id"]], "isthing": s["category_id"] in things}
-            for s in annotation["segments_info"]
-        ]
-        return panoptic_segments(segment_ids, segments_info, self._metadata)
-
-    def _true_instances(self, image: dict) -> list[Segment]:
-        record = self._records[image["file_name"]]
-        annotations = record.get("annotations", [])
-        boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
-        has_masks = all("segmentation" in a for a in annotations)
-        height, width = record["height"], record["width"]
-        return instance_segments(
-            np.array(boxes).reshape(-1, 4),
-            [a["category_id"] for a in annotations],
-            self._metadata,
-            masks=[GenericMask(a["segmentation"], height, width).mask for a in annotations]
-            if has_masks
-            else None,
-            crowds=[a.get("iscrowd", 0) for a in annotations],
-        )
-
-    def _true_semantic(self, image: dict) -> list[Segment]:
-        labels = read_label_image(self._records[image["file_name"]]["sem_seg_file_name"])
-        return semantic_segments(labels, self._metadata)
 
     @cached_property
     def _records(self) -> dict[str, dict]:
         return {record["file_name"]: record for record in DatasetCatalog.get(self._dataset_name)}
 
     @cached_property
-    def _panoptic_annotations(self) -> dict[int, dict]:
+    def _panoptic_annotations(self) -> dict[Any, dict]:
         with PathManager.open(self._metadata.panoptic_json) as f:
             return {a["image_id"]: a for a in json.load(f)["annotations"]}
 

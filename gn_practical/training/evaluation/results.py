@@ -1,79 +1,112 @@
-"""The numbers of an evaluation, as one table and as a file."""
+"""The numbers of an evaluation, as tables and as a file."""
 
-import json
 import math
-import os
+from collections.abc import Iterator
 from typing import Any
 
 from tabulate import tabulate
 
-# (task, metric, title): the columns of the paper's Tables 5 and 6, then what else is measured.
-_COLUMNS = (
-    *(("panoptic_seg", metric, metric) for metric in ("PQ", "PQ_th", "PQ_st", "SQ", "RQ")),
-    *(("bbox", metric, f"box {metric}") for metric in ("AP", "AP50", "AP75")),
-    *(("segm", metric, f"mask {metric}") for metric in ("AP", "AP50", "AP75")),
-    ("sem_seg", "mIoU", "mIoU"),
-    *(("classification", metric, metric) for metric in ("error", "top5_error", "cross_entropy")),
-)
+from gn_practical.training.atomic import write_json
+
+_WIDTH = 100  # of the tables, in characters
+_CELL = 3  # of it: a border and two spaces
+_TITLE = 2  # tabulate's, around a header
+
+
+def flat_results(results: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Go through the main metrics of an evaluation.
+
+    Metrics of single classes ("AP-person") are left out. As for Detectron2, a hyphen tells them.
+
+    Args:
+        results: task → metric → value, as Detectron2's evaluators return it, or data set → task →
+            metric → value where several data sets were evaluated.
+        prefix: of the tasks.
+
+    Returns:
+        Tuples (task, metric, value), with "data set/task" where there are several data sets.
+
+    Example:
+        >>> list(flat_results({"val": {"bbox": {"AP": 40.7, "AP-person": 50.0}}}))
+        [('val/bbox', 'AP', 40.7)]
+    """
+    for name, value in results.items():
+        if isinstance(value, dict):
+            yield from flat_results(value, f"{prefix}/{name}".lstrip("/"))
+        elif "-" not in name:
+            yield prefix, name, value
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """One table with the paper's columns, of the tasks that were evaluated.
+    """Lay out the main metrics, one table a task and no line above 100 characters.
 
     Args:
-        results: task → metric → percent, as Detectron2's evaluators return it, or data set → task
-            → metric → percent where several data sets were evaluated.
+        results: as for :func:`flat_results`.
 
     Returns:
-        A Markdown table, one row a data set; "-" where a metric cannot be computed. An empty
-        string if there is no such task.
+        Markdown tables, one row a data set; "-" where a metric cannot be computed. An empty string
+        if there is no metric.
 
     Example:
         >>> print(results_table({"bbox": {"AP": 40.7, "AP50": 61.2, "AP75": 44.6}}))
-        | box AP   | box AP50   | box AP75   |
-        |:---------|:-----------|:-----------|
-        | 40.700   | 61.200     | 44.600     |
+        |      |     AP |   AP50 |   AP75 |
+        |:-----|-------:|-------:|-------:|
+        | bbox | 40.700 | 61.200 | 44.600 |
     """
-    by_dataset = results if _has_datasets(results) else {"": results}
-    columns = [c for c in _COLUMNS if any(c[0] in tasks for tasks in by_dataset.values())]
-    if not columns:
-        return ""
-    rows = [
-        [name, *(_cell(tasks.get(task, {}).get(metric)) for task, metric, _ in columns)]
-        for name, tasks in by_dataset.items()
-    ]
-    headers = ["data set", *(title for _, _, title in columns)]
-    if by_dataset is not results:
-        headers, rows = headers[1:], [row[1:] for row in rows]
-    return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
+    tasks: dict[str, dict[str, dict[str, Any]]] = {}
+    for path, metric, value in flat_results(results):
+        dataset, _, task = path.rpartition("/")
+        row = tasks.setdefault(task, {}).setdefault(dataset or task, {})
+        row[metric] = value
+    tables = [table for task, rows in tasks.items() for table in _tables(task, rows)]
+    return "\n\n".join(tables)
 
 
 def write_results(results: dict[str, Any] | list[Any], path: str) -> None:
     """Write results as strict JSON, all at once: a reader never sees half a file.
 
     Args:
-        results: as for :func:`results_table`, or any of dicts and lists; NaN and infinity become
+        results: as for :func:`flat_results`, or any of dicts and lists; NaN and infinity become
             null.
         path: the file; its folder is made.
 
     Example:
         >>> write_results({"bbox": {"AP": float("nan")}}, "output/results.json")  # doctest: +SKIP
     """
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        json.dump(_strict(results), f, indent=2, allow_nan=False)
-        f.write("\n")
-    os.replace(f"{path}.tmp", path)
+    write_json(path, _strict(results), indent=2, allow_nan=False)
 
 
-def _has_datasets(results: dict[str, Any]) -> bool:
-    return any(
-        isinstance(value, dict) for tasks in results.values() for value in dict(tasks).values()
+def _tables(task: str, rows: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Yield the table of a task, in as many parts as its width asks for."""
+    first = max(len(task) + _TITLE, *map(len, rows)) + _CELL
+    part: list[str] = []
+    metrics = list(dict.fromkeys(metric for row in rows.values() for metric in row))
+    for metric in metrics:
+        if part and 1 + first + sum(_column(rows, m) for m in [*part, metric]) > _WIDTH:
+            yield _table(task, rows, part)
+            part = []
+        part.append(metric)
+    yield _table(task, rows, part)
+
+
+def _column(rows: dict[str, dict[str, Any]], metric: str) -> int:
+    return (
+        max(len(metric) + _TITLE, *(len(_cell(row.get(metric))) for row in rows.values())) + _CELL
     )
 
 
-def _cell(value: float | None) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.3f}"
+def _table(task: str, rows: dict[str, dict[str, Any]], metrics: list[str]) -> str:
+    cells = [[name, *(_cell(row.get(metric)) for metric in metrics)] for name, row in rows.items()]
+    align = ["left", *("right" for _ in metrics)]
+    title = task if list(rows) != [task] else ""
+    return tabulate(cells, [title, *metrics], "pipe", colalign=align, disable_numparse=True)
+
+
+def _cell(value: Any) -> str:
+    try:
+        return f"{value:.3f}" if math.isfinite(value) else "-"
+    except (TypeError, ValueError):  # None, or a text
+        return "-" if value is None else str(value)
 
 
 def _strict(value: Any) -> Any:

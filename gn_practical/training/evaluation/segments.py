@@ -1,104 +1,86 @@
-"""What a picture shows: segments and boxes with names and colours, drawn on an image."""
+"""What a picture shows: segments and boxes with names and colours, drawn on an image.
+
+With the primitives of Detectron2's ``Visualizer``: its ``draw_panoptic_seg`` and
+``draw_dataset_dict`` give a class other colours in each picture, fill the holes of masks and put
+the names of things beside them.
+"""
 
 import colorsys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 from detectron2.data.catalog import Metadata
+from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 
 Color = tuple[float, float, float]
 
-
-@dataclass
-class Segment:
-    """One thing or stuff region: its text, its colour (RGB in [0, 1]), its mask and its box."""
-
-    text: str
-    color: Color
-    is_thing: bool
-    mask: np.ndarray | None = None
-    box: np.ndarray | None = None
+_WHITE = (1.0, 1.0, 1.0)
 
 
-def panoptic_segments(
-    segment_ids: np.ndarray, segments_info: Sequence[dict], metadata: Metadata
-) -> list[Segment]:
-    """Segments of a panoptic map, in Detectron2's format with contiguous class ids.
+def draw_segments(
+    image: np.ndarray, segments: Sequence[dict[str, Any]], metadata: Metadata, width: int
+) -> np.ndarray:
+    """Draw segments with their texts on an image that is first scaled to a given width.
 
     Args:
-        segment_ids: the id of each pixel's segment.
-        segments_info: dicts with "id", "category_id", "isthing", and "score" or "iscrowd".
-        metadata: of the data set.
+        image: RGB.
+        segments: as Detectron2's ``segments_info``: "category_id" (contiguous) and "isthing",
+            perhaps "score" and "iscrowd"; with "mask", "box" (x0, y0, x1, y1 in pixels), or both,
+            on the scale of ``image``.
+        metadata: names and colours of the classes.
+        width: of the picture in pixels.
 
     Shape:
-        ``segment_ids``: ``(H, W)``.
+        ``(H, W, 3)`` → ``(width · H / W, width, 3)``, uint8.
     """
-    shades = Counter()
-    segments = []
-    for info in segments_info:
-        is_thing, category = bool(info["isthing"]), info["category_id"]
+    scale = width / image.shape[1]
+    size = (width, max(1, round(scale * image.shape[0])))
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    visualizer = Visualizer(
+        cv2.resize(image, size, interpolation=interpolation), font_size_scale=1.25
+    )
+    shades: Counter[int] = Counter()
+    for segment in sorted(segments, key=lambda segment: bool(segment["isthing"])):
+        category, is_thing = segment["category_id"], bool(segment["isthing"])
         color = class_color(metadata, category, is_thing)
         if is_thing:
             color = _shade(color, shades[category])
             shades[category] += 1
-        text = _text(metadata, is_thing, category, info.get("score"), info.get("iscrowd"))
-        segments.append(Segment(text, color, is_thing, mask=segment_ids == info["id"]))
-    return segments
+        text = segment_text(segment, metadata)
+        if segment.get("mask") is not None:
+            visualizer.draw_binary_mask(
+                cv2.resize(segment["mask"].astype(np.uint8), size, interpolation=cv2.INTER_NEAREST),
+                color=color,
+                edge_color=color if is_thing else _WHITE,
+                text=text,
+                alpha=0.55 if is_thing else 0.45,
+            )
+            text = ""  # once
+        if segment.get("box") is not None:
+            box = scale * np.asarray(segment["box"], dtype=float)[None]
+            visualizer.overlay_instances(
+                boxes=box, labels=[text], assigned_colors=[color], alpha=0.55
+            )
+    return visualizer.get_output().get_image()
 
 
-def instance_segments(
-    boxes: np.ndarray,
-    classes: Sequence[int],
-    metadata: Metadata,
-    masks: Sequence[np.ndarray] | None = None,
-    scores: Sequence[float] | None = None,
-    crowds: Sequence[int] | None = None,
-) -> list[Segment]:
-    """Segments of detected or annotated instances.
+def segment_text(segment: dict[str, Any], metadata: Metadata) -> str:
+    """Name a segment: class, score in percent, and whether it is a crowd.
 
-    Args:
-        boxes: x0, y0, x1, y1 in pixels.
-        classes: contiguous class ids.
-        metadata: of the data set.
-        masks: of each instance, ``(H, W)``.
-        scores: of each instance, in [0, 1].
-        crowds: 1 for annotations of a crowd.
-
-    Shape:
-        ``boxes``: ``(N, 4)``.
+    Example:
+        >>> segment = {"category_id": 0, "isthing": True, "score": 0.9}
+        >>> segment_text(segment, Metadata(thing_classes=["cat"]))
+        'cat 90%'
     """
-    shades = Counter()
-    segments = []
-    for index, category in enumerate(classes):
-        color = _shade(class_color(metadata, category, True), shades[category])
-        shades[category] += 1
-        score = None if scores is None else scores[index]
-        text = _text(metadata, True, category, score, crowds is not None and crowds[index])
-        mask = None if masks is None else masks[index]
-        segments.append(Segment(text, color, True, mask=mask, box=np.asarray(boxes[index])))
-    return segments
-
-
-def semantic_segments(labels: np.ndarray, metadata: Metadata) -> list[Segment]:
-    """Segments of a map of stuff classes; labels that are no class are left out.
-
-    Shape:
-        ``labels``: ``(H, W)``.
-    """
-    known = [int(label) for label in np.unique(labels) if label < len(metadata.stuff_classes)]
-    return [
-        Segment(
-            _text(metadata, False, label),
-            class_color(metadata, label, False),
-            False,
-            mask=labels == label,
-        )
-        for label in known
-    ]
+    names = metadata.get("thing_classes" if segment["isthing"] else "stuff_classes") or ()
+    category, score = segment["category_id"], segment.get("score")
+    name = names[category] if category < len(names) else f"class {category}"
+    score_text = "" if score is None else f" {100 * float(score):.0f}%"
+    return name + score_text + (" (crowd)" if segment.get("iscrowd") else "")
 
 
 def class_color(metadata: Metadata, category: int, is_thing: bool) -> Color:
@@ -109,85 +91,11 @@ def class_color(metadata: Metadata, category: int, is_thing: bool) -> Color:
         (1.0, 0.0, 0.0)
     """
     colors = metadata.get("thing_colors" if is_thing else "stuff_colors") or ()
-    if category < len(colors):
-        red, green, blue = (value / 255 for value in colors[category])
-        return red, green, blue
-    golden_ratio = 0.618034  # neighbouring numbers get distant hues
-    if is_thing:
-        return colorsys.hsv_to_rgb(category * golden_ratio % 1, 0.85, 1.0)
-    return colorsys.hsv_to_rgb((category * golden_ratio + 0.25) % 1, 0.6, 0.8)
-
-
-def draw_segments(image: np.ndarray, segments: Sequence[Segment], width: int) -> np.ndarray:
-    """Draw segments with their texts on an image that is first scaled to a given width.
-
-    Args:
-        image: RGB.
-        segments: masks and boxes on the scale of ``image``.
-        width: of the picture in pixels.
-
-    Shape:
-        ``(H, W, 3)`` → ``(width · H / W, width, 3)``, uint8.
-    """
-    scale = width / image.shape[1]
-    size = (width, max(1, round(scale * image.shape[0])))
-    visualizer = Visualizer(
-        cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC),
-        font_size_scale=1.25,
-    )
-    _draw_stuff(visualizer, [s for s in segments if not s.is_thing], size)
-    _draw_things(visualizer, [s for s in segments if s.is_thing], size, scale)
-    return visualizer.get_output().get_image()
-
-
-def _draw_stuff(visualizer: Visualizer, segments: list[Segment], size: tuple[int, int]) -> None:
-    for segment in segments:
-        visualizer.draw_binary_mask(
-            _resize(segment.mask, size),
-            color=segment.color,
-            edge_color=(1.0, 1.0, 1.0),
-            text=segment.text,
-            alpha=0.45,
-        )
-
-
-def _draw_things(
-    visualizer: Visualizer, segments: list[Segment], size: tuple[int, int], scale: float
-) -> None:
-    for segment in segments:
-        if segment.mask is not None:  # not overlay_instances, which fills the holes of masks
-            visualizer.draw_binary_mask(
-                _resize(segment.mask, size),
-                color=segment.color,
-                edge_color=segment.color,
-                text=segment.text,
-                alpha=0.55,
-            )
-    boxed = [s for s in segments if s.box is not None]
-    if boxed:
-        visualizer.overlay_instances(
-            boxes=np.stack([scale * s.box for s in boxed]),
-            labels=[s.text if s.mask is None else "" for s in boxed],
-            assigned_colors=[s.color for s in boxed],
-            alpha=0.55,
-        )
-
-
-def _resize(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
-
-
-def _text(
-    metadata: Metadata,
-    is_thing: bool,
-    category: int,
-    score: float | None = None,
-    is_crowd: int | None = None,
-) -> str:
-    names = metadata.get("thing_classes" if is_thing else "stuff_classes") or ()
-    name = names[category] if category < len(names) else f"class {category}"
-    score_text = "" if score is None else f" {100 * float(score):.0f}%"
-    return name + score_text + (" (crowd)" if is_crowd else "")
+    if category >= len(colors):
+        colors = colormap(rgb=True)
+        category = (category if is_thing else category + len(colors) // 2) % len(colors)
+    red, green, blue = (float(value) / 255 for value in colors[category])
+    return red, green, blue
 
 
 def _shade(color: Color, index: int) -> Color:

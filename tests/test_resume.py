@@ -148,7 +148,7 @@ def test_an_evaluation_is_left_with_a_checkpoint(ten, tmp_path):
     resumed.resume_or_load()
     with pytest.raises(SystemExit) as stopped:  # in the final one
         resumed.train()
-    assert list(resumed.images) == [2]
+    assert min(resumed.images) == 2
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
 
 

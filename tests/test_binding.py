@@ -165,6 +165,7 @@ def test_functions_of_the_features_are_followed():
     ("function", "n_out", "reason"),
     [
         (lambda m, x: m["norm"](F.pixel_shuffle(m["conv"](x), 2)), 32, r"conv \(32\)\)"),
+        (lambda m, x: m["norm"](torch.cat([m["conv"](x)] * 2, 1)), 4, r"not the .*\(4\)\)"),
         (lambda m, x: m["norm"](m["conv"](x)[:, :8]), 16, r"not the output channels .*\(16\)\)"),
         (
             lambda m, x: m["norm"](torch.einsum("nchw,cd->ndhw", m["conv"](x), torch.eye(8))),
@@ -362,6 +363,8 @@ def random_program(draw):
         elif kind in ("cat", "add") and first != second and values[second][1] and sources:
             if kind == "add" and values[second][0] != channels:
                 continue
+            if kind == "cat" and sources.keys() & values[second][1]:
+                continue  # a layer's output twice is no layer's output: an error, tested above
             total = channels + values[second][0] * (kind == "cat")
             values.append((total, {**sources, **values[second][1]}))
         elif kind == "norm" and sources:

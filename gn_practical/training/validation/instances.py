@@ -75,7 +75,7 @@ class InstancesTarget(NamedTuple):
             yield self._fault(images, reason, index, sound[index], detail)
         for reason, detail in self._check_together(tasks):
             yield Fault(reason, self.json, detail=detail)
-        check = partial(_check_task, expected=self._expected(content))
+        check = partial(_check_task, expected=self._expected(content, session.decode))
         title = f"Annotations of {os.path.basename(self.json)}"
         results = session.pool.map(check, tasks, title, 512)
         for (index, annotation, _), findings in zip(tasks, results, strict=True):
@@ -94,7 +94,7 @@ class InstancesTarget(NamedTuple):
         if tasks:
             yield from _check_boxes(tasks)
 
-    def _expected(self, content: dict[str, Any]) -> Expected:
+    def _expected(self, content: dict[str, Any], compare: bool) -> Expected:
         keypoints = {
             category["id"]: len(category["keypoints"])
             for category in sound_categories(content)
@@ -105,7 +105,7 @@ class InstancesTarget(NamedTuple):
             annotations = content["annotations"]
             masks = any(isinstance(a, dict) and a.get("segmentation") for a in annotations)
         known = category_ids(content, self.names)
-        return Expected(known, keypoints, masks, self.area)
+        return Expected(known, keypoints, masks, self.area, compare)
 
     def _fault(
         self, images: Images, reason: str, index: int, annotation: object, detail: str

@@ -24,7 +24,8 @@ def targets_of(
         cfg: a config, its data sets registered, as ``load_cfg`` returns it. The embedded scenes are
             drawn if it uses them.
         files: False to leave images and PNGs out.
-        names: of the data sets; all of ``DATASETS.TRAIN`` and ``DATASETS.TEST`` by default.
+        names: of data sets that are registered and drawn; by default all of ``DATASETS.TRAIN`` and
+            ``DATASETS.TEST``.
 
     Raises:
         DatasetError: if a name is not registered.
@@ -38,7 +39,7 @@ def targets_of(
     """
     if names is None:
         names = list(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
-    ensure_registered(names)
+        ensure_registered(names)  # all ranks do; with names, one rank may work alone
     targets = [target for name in names for target in _targets(cfg, name, files)]
     return list(dict.fromkeys(targets))
 

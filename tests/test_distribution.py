@@ -9,6 +9,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +43,17 @@ def test_the_sdist_holds_the_repository(dist):
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {m.name.split("/", 1)[1] for m in archive.getmembers() if m.isfile()}
-    folders = ("configs", "tools", "projects", "tests", "docs", "benchmarks", "requirements")
+    folders = (
+        ".ci",
+        ".github",
+        "configs",
+        "tools",
+        "projects",
+        "tests",
+        "docs",
+        "benchmarks",
+        "requirements",
+    )
     files = {
         path.relative_to(ROOT).as_posix()
         for folder in folders
@@ -50,7 +61,7 @@ def test_the_sdist_holds_the_repository(dist):
         if path.is_file() and "__pycache__" not in path.parts
     }
     # What a user or a test leaves in the working copy is not in question here.
-    assert {f for f in files if f.endswith((".py", ".yaml", ".md", ".sh", ".txt"))} <= names
+    assert {f for f in files if f.endswith((".py", ".yaml", ".yml", ".md", ".sh", ".txt"))} <= names
     assert PACKAGE | {"Makefile", "README.md", "LICENSE", "pyproject.toml", "setup.py"} <= names
     assert not {name for name in names if name.endswith(".pyc")}
 
@@ -76,3 +87,13 @@ def test_constraints_pin_what_the_project_asks_for(needed):
     lines = (ROOT / "requirements/constraints.txt").read_text().splitlines()
     pinned = {Requirement(line).name.lower() for line in lines if not line.startswith("#")}
     assert {name.lower() for names in needed.values() for name in names} <= pinned
+
+
+def test_the_workflow_runs_the_oldest_torch_that_is_promised():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
+    (oldest,) = workflow["jobs"]["test"]["strategy"]["matrix"]["include"]
+    setup = (ROOT / "setup.py").read_text()
+    constraints = (ROOT / "requirements/constraints.txt").read_text()
+    for name in ("torch", "torchvision"):
+        assert f'"{name}>={oldest[name].removesuffix(".0")}"' in setup
+        assert re.search(rf"^{name}==", constraints, re.MULTILINE)  # the line that the job replaces

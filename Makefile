@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 CONSTRAINTS = requirements/constraints.txt
 
-.PHONY: help install quickstart paper-tables test crash-test lint
+.PHONY: help install quickstart paper-tables test crash-test lint docs dist
 
 help:
 	@echo "make quickstart  train, evaluate and draw on the embedded data, about 5 minutes on 2 cores"
@@ -12,20 +12,22 @@ help:
 	@echo "make test        run the test suite"
 	@echo "make crash-test  kill and resume a training dozens of times, compare: about 8 minutes"
 	@echo "make lint        check style with ruff"
+	@echo "make docs        build the documentation into site/; a warning is an error"
+	@echo "make dist        build the wheel and the sdist into dist/"
 	@echo "make install     make $(VENV) with all packages; the others do it by themselves"
 	@echo "PYTHON=python3.12 chooses the interpreter, OPTS='KEY VALUE ...' overrides the config."
 
 install: $(VENV)/installed
 
-$(VENV)/installed: setup.py $(CONSTRAINTS) requirements/detectron2.txt tools/install_detectron2.sh
+$(VENV)/installed: setup.py $(wildcard requirements/*.txt) tools/install_detectron2.sh
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
 	    echo "error: gn_practical needs Python 3.10 to 3.13, and $(PYTHON) is" \
 	         "$$($(PYTHON) --version 2>&1). Choose another: make install PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --constraint $(CONSTRAINTS) torch torchvision
-	$(BIN)/python -m pip install --constraint $(CONSTRAINTS) --editable '.[fast,dev,experiments]'
-	PYTHON=$(BIN)/python sh tools/install_detectron2.sh
+	$(BIN)/python -m pip install --constraint $(CONSTRAINTS) --editable '.[all]'
+	PYTHON=$(BIN)/python PIP_CONSTRAINT=$(CONSTRAINTS) sh tools/install_detectron2.sh
 	touch $@
 
 # Threads wait for each other in a short loop: in a long one they stall when a core is taken.
@@ -45,3 +47,9 @@ crash-test: install
 lint: install
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+
+docs: install
+	$(BIN)/python -m mkdocs build --strict
+
+dist: install
+	$(BIN)/python -m build --no-isolation

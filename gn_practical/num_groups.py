@@ -150,8 +150,8 @@ def resolve_num_groups(
     """Return the number of groups that a choice means for one layer.
 
     Args:
-        choice: a rule in ``RULES`` by its name, "practical" for the paper's, "instance" for as many
-            groups as channels, or the number itself, as an int or text.
+        choice: a rule in ``RULES`` by its name, "practical" for the paper's, "instance" or -1 for
+            as many groups as channels, or the number itself, as an int or text.
         in_channels: n_in of the weight layer.
         out_channels: n_out of the weight layer, the channels of the norm.
         gain_ratio: r = F / B of the activation at unit variance; 1 for ReLU.
@@ -165,7 +165,7 @@ def resolve_num_groups(
     """
     if str(choice).isdecimal() and int(choice) > 0:
         return int(choice)
-    if choice == "instance":
+    if choice in ("instance", -1):
         return out_channels
     rule = {"practical": "paper"}.get(choice, choice)
     if rule not in RULES:

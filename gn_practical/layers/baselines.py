@@ -26,8 +26,8 @@ class InstanceNorm(FusedGroupNorm):
         ValueError: at run time, for one value a channel.
 
     Example:
-        >>> InstanceNorm(64)
-        InstanceNorm(64, 64, eps=1e-05, affine=True)
+        >>> InstanceNorm(64).num_groups
+        64
     """
 
     def __init__(self, num_channels: int, eps: float = 1e-5) -> None:
@@ -48,8 +48,8 @@ class LayerNorm1(FusedGroupNorm):
         - Output: as the input.
 
     Example:
-        >>> LayerNorm1(64)
-        LayerNorm1(1, 64, eps=1e-05, affine=True)
+        >>> LayerNorm1(64).num_groups
+        1
     """
 
     def __init__(self, num_channels: int, eps: float = 1e-5) -> None:

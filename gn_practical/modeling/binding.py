@@ -165,7 +165,8 @@ def group_norm_bindings(model: nn.Module) -> list[GroupNormBinding]:
     Example:
         >>> from gn_practical import PracticalGroupNorm
         >>> model = nn.Sequential(nn.Linear(64, 32), PracticalGroupNorm(32))
-        >>> group_norm_bindings(model) == bind_group_norms(model)
+        >>> table = bind_group_norms(model)
+        >>> group_norm_bindings(model) == table
         True
     """
     return [_describe(path, norm) for path, norm in _norms(model).items() if norm.in_channels]

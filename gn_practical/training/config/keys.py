@@ -77,7 +77,8 @@ def check_counts(cfg: CfgNode, keys: Iterable[str] = COUNTS, least: int = 0) -> 
         >>> cfg.TEST.NUM_PICTURES = -1
         >>> check_counts(cfg)
         Traceback (most recent call last):
-        ValueError: TEST.NUM_PICTURES must be 0 or more, got TEST.NUM_PICTURES=-1. Correct it.
+        ValueError: TEST.NUM_PICTURES must be 0 or more, got TEST.NUM_PICTURES=-1. Correct \
+the value.
     """
     for key in keys:
         value = look_up(cfg, key)

@@ -4,7 +4,6 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -12,6 +11,7 @@ from detectron2.data.catalog import Metadata
 from detectron2.utils import comm
 
 from gn_practical.training.architectures import architecture
+from gn_practical.training.config.node import look_up
 from gn_practical.training.data.coco_format import read_categories
 from gn_practical.training.data.errors import DatasetError
 from gn_practical.training.data.registration import DATASETS_ROOT, ensure_registered
@@ -74,7 +74,8 @@ def _problems(cfg: CfgNode, names: Sequence[str]) -> Iterator[str]:
         yield from missing[name]
     there = [name for name in names if not missing[name]]
     for name in there:
-        yield from _check_against_config(cfg, name)
+        yield from _check_stuff_labels(cfg, name)
+    yield from _check_num_classes(cfg, there)
     yield from _validate(cfg, there)
     yield from _check_same_classes(there)
 
@@ -125,31 +126,38 @@ def _prepare_command(metadata: Metadata) -> str:
 # The config -------------------------------------------------------------------------------------
 
 
-def _check_against_config(cfg: CfgNode, name: str) -> Iterator[str]:
+def _check_stuff_labels(cfg: CfgNode, name: str) -> Iterator[str]:
     metadata, model = MetadataCatalog.get(name), cfg.MODEL.META_ARCHITECTURE
     if model == "PanopticFPN" and not metadata.get("sem_seg_root"):
         yield (
             f"Data sets of a PanopticFPN must have stuff labels, got {name!r}. Take one whose name "
             "ends in '_panoptic_separated', or register yours with DATASETS.COCO_PANOPTIC."
         )
+
+
+def _check_num_classes(cfg: CfgNode, names: Sequence[str]) -> Iterator[str]:
+    """Yield each key of the model that is not the number of classes of the first set to differ."""
+    expected = architecture(cfg.MODEL.META_ARCHITECTURE)
+    for key, attribute, what in (
+        (expected.things, "thing_classes", "thing classes"),
+        (expected.stuff, "stuff_classes", "stuff classes ('things' included)"),
+    ):
+        for name in names if key else ():
+            classes, value = _classes(name, attribute), look_up(cfg, key)
+            if classes is not None and value != len(classes):
+                yield (
+                    f"{key} must be the number of {what} of data set {name!r}, {len(classes)}, "
+                    f"got {value}. Add the override: {key} {len(classes)}"
+                )
+                break
+
+
+def _classes(name: str, attribute: str) -> list[str] | None:
+    metadata = MetadataCatalog.get(name)
     if metadata.get("thing_classes") is None and metadata.get("json_file"):
         # Registered by the user's own code; Detectron2 sets them when it loads the data.
         metadata.thing_classes = [c["name"] for c in read_categories(metadata.json_file)]
-    for key, attribute, what in (
-        (architecture(model).things, "thing_classes", "thing classes"),
-        (architecture(model).stuff, "stuff_classes", "stuff classes ('things' included)"),
-    ):
-        classes = metadata.get(attribute)
-        if classes is None or not key:
-            continue
-        value: Any = cfg
-        for part in key.split("."):
-            value = value[part]
-        if value != len(classes):
-            yield (
-                f"{key} must be the number of {what} of data set {name!r}, {len(classes)}, "
-                f"got {value}. Add the override: {key} {len(classes)}"
-            )
+    return metadata.get(attribute)
 
 
 def _check_same_classes(names: Sequence[str]) -> Iterator[str]:

@@ -160,10 +160,6 @@ def test_bfloat16_on_the_cpu(tmp_path):
         (["DATASETS.TRAIN", '("scenes_trian",)'], r"scenes_trian"),
         (["MODEL.ROI_HEADS.NUM_CLASSES", "4"], r"MODEL.ROI_HEADS.NUM_CLASSES"),
         (
-            ["SOLVER.STEPS", "(5,)", "SOLVER.MAX_ITER", "5"],
-            r"config must fit together, got .*SOLVER.STEPS=\(5,\)",
-        ),
-        (
             ["SOLVER.REFERENCE_WORLD_SIZE", "8"],
             r"Invalid REFERENCE_WORLD_SIZE.*SIZE=8",
         ),
@@ -180,7 +176,8 @@ def test_bad_input_ends_with_one_clear_error(tmp_path, overrides, message):
     with pytest.raises(SystemExit, match=message) as raised:
         run(*arguments, *batch, *overrides)
     assert str(raised.value).startswith("error: ")
-    assert str(raised.value).count("\n") == 0
+    listed = 2 if "ROI_HEADS" in message else 0  # what is wrong with each data set
+    assert str(raised.value).count("\n") == listed
 
 
 def test_truncated_image_ends_with_one_clear_error(trained, tmp_path, capsys):

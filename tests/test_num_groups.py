@@ -94,13 +94,21 @@ def test_refuses_other_bad_arguments():
 
 @pytest.mark.parametrize(
     ("choice", "expected"),
-    [("practical", 64), ("paper", 64), ("exact", 16), ("instance", 64), (32, 32), ("1", 1)],
+    [
+        ("practical", 64),
+        ("paper", 64),
+        ("exact", 16),
+        ("instance", 64),
+        (-1, 64),
+        (32, 32),
+        ("1", 1),
+    ],
 )
 def test_one_resolver_of_names_and_numbers(choice, expected):
     assert resolve_num_groups(choice, 256, 64) == expected
 
 
-@pytest.mark.parametrize("choice", ["instanc", "0", -1, "3.5", None])
+@pytest.mark.parametrize("choice", ["instanc", "0", -2, "3.5", None])
 def test_resolver_refuses_what_it_does_not_know(choice):
     with pytest.raises(ValueError, match=r"groups must be .*\(paper, exact\).* got groups="):
         resolve_num_groups(choice, 256, 64)

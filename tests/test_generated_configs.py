@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -204,7 +205,8 @@ def test_trains_a_step_or_ends_with_one_clear_error(train, overrides):
     if not error:
         return
     assert error.startswith("error: "), error
-    assert "\n" not in error
+    # One line, or what is wrong with the data, numbered.
+    assert all(re.match(r"  \d+\. ", line) for line in error.splitlines()[1:])
     assert len(error) < 2000
     named = [str(word) for key, value in overrides for word in (key, key.split(".")[-1], value)]
     named = [word.lower() for word in named if word]

@@ -54,6 +54,7 @@ def test_evaluations_and_checkpoints_leave_nothing_behind(tmp_path, one_thread):
     arguments += leak.tiny_data(str(tmp_path / "scenes"))
     arguments += ["MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", "45", "TEST.EVAL_PERIOD", "11"]
     arguments += ["SOLVER.CHECKPOINT_PERIOD", "11", "DATALOADER.NUM_WORKERS", "0"]
+    arguments += ["TEST.NUM_PICTURES", "1"]
     trainer = Trainer(load_cfg(str(leak.CONFIG), arguments))
     watch, counts = leak.Watch(11), CountObjects(11)
     trainer.register_hooks([watch, counts])

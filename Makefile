@@ -39,7 +39,7 @@ paper-tables: install
 	$(BIN)/python projects/paper_tables/reproduce_table2.py
 
 test: install
-	$(BIN)/python -m pytest $(OPTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(OPTS)
 
 crash-test: install
 	$(BIN)/python tools/crash_test.py $(OPTS)

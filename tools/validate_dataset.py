@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Decode every image and PNG of data sets in COCO's format, check every annotation, and report what
-is wrong with which file, image and annotation. docs/data.md lists what is checked.
+is wrong with which file, image and annotation. docs/own_data.md lists what is checked.
 """
 
 _EPILOG = """

@@ -1,14 +1,16 @@
-"""Shows the ``Example:`` of a docstring as code: Google's name of the section is ``Examples:``."""
+"""Shows docstrings as mkdocs reads them: ``Example:`` as code, and no roles of Sphinx."""
 
+import re
 from typing import Any
 
 import griffe
 
 
 class Examples(griffe.Extension):
-    """Renames the section while the documentation is built."""
+    """Changes the docstrings while the documentation is built."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Rename it in the docstring of one module, class or function."""
+        """Change the docstring of one module, class or function."""
         if obj.docstring:
-            obj.docstring.value = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")
+            text = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")
+            obj.docstring.value = re.sub(r":(?:class|func|meth|mod):`~?", "`", text)

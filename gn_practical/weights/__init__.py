@@ -1,0 +1,1 @@
+"""Weights from elsewhere: reading them, what they need, and what ours say about themselves."""

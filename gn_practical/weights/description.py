@@ -1,0 +1,69 @@
+"""What a checkpoint says about itself, or what its source is known to need."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Standardization:
+    """A definition of weight standardization: what each filter is divided by.
+
+    ``(W - mean) / (std + eps)``, or ``(W - mean) / sqrt(std**2 + eps)`` with ``eps_under_root``;
+    ``biased`` divides the sum of squares by n, otherwise by n - 1.
+    """
+
+    eps: float = 1e-5
+    eps_under_root: bool = False
+    biased: bool = False
+
+
+@dataclass(frozen=True)
+class Description:
+    """What weights were trained with; None is "not known", which nothing is compared with.
+
+    Attributes:
+        source: where the weights come from, in words.
+        input_format: order of the picture's channels, "RGB" or "BGR".
+        pixel_mean: subtracted from each channel, in 0 to 255 and in the order of ``input_format``.
+        pixel_std: divides each channel, likewise.
+        stride_in_1x1: whether bottlenecks with a stride have it in their first convolution.
+        weight_standardization: whether the convolutions standardize their weights.
+        standardization: how they do.
+        num_groups: of all group norms, or {path of the norm: groups}.
+        norm_eps: epsilon of the norms.
+        class_names: by "thing" and "stuff", in the order of the model's outputs.
+        resize: ``INPUT``'s keys of the size at test time.
+        rule: rule that the groups come from.
+        versions: {package: version} of what trained them.
+        config: the whole config as YAML.
+    """
+
+    source: str = "an unknown source"
+    input_format: str | None = None
+    pixel_mean: tuple[float, ...] | None = None
+    pixel_std: tuple[float, ...] | None = None
+    stride_in_1x1: bool | None = None
+    weight_standardization: bool | None = None
+    standardization: Standardization | None = None
+    num_groups: int | dict[str, int] | None = None
+    norm_eps: float | None = None
+    class_names: dict[str, list[str]] | None = None
+    resize: dict[str, Any] | None = None
+    rule: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    config: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain containers, as a checkpoint keeps them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Description":
+        """Return the description that :meth:`to_dict` made; keys of later versions are dropped."""
+        known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
+        if isinstance(known.get("standardization"), dict):
+            known["standardization"] = Standardization(**known["standardization"])
+        for key in ("pixel_mean", "pixel_std"):
+            if known.get(key) is not None:
+                known[key] = tuple(known[key])
+        return cls(**known)

@@ -42,7 +42,7 @@ test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(OPTS)
 
 crash-test: install
-	$(BIN)/python tools/crash_test.py $(OPTS)
+	$(BIN)/python tests/crash_test.py $(OPTS)
 
 lint: install
 	$(BIN)/python -m ruff check .

@@ -337,7 +337,7 @@ def test_random_numbers_follow_from_their_key():
 
 def test_short_crash_test_on_two_ranks(tmp_path):
     words = shlex.split("--kills 2 --ranks 2 --workers 1 --iterations 8 --no-launchers")
-    command = [sys.executable, str(ROOT / "tools/crash_test.py"), *words]
+    command = [sys.executable, str(ROOT / "tests/crash_test.py"), *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, "--output", str(tmp_path / "runs")],

@@ -2,8 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator
 from urllib.parse import urlparse
 
 import torch
@@ -15,7 +14,7 @@ from gn_practical.config import add_pgn_config
 from gn_practical.layers.protocol import BindableNorm
 from gn_practical.training.checkpoint.files import LAST, newest_whole
 from gn_practical.training.config.keys import check_counts
-from gn_practical.training.config.node import RunConfig
+from gn_practical.training.config.node import RunConfig, look_up
 from gn_practical.training.engine.autocast import DTYPES
 from gn_practical.training.engine.signals import STOP
 
@@ -35,12 +34,9 @@ def check_run(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -> No
     """
     STOP.check()
     check_counts(cfg)
-    _check_device(cfg)
-    _check_architecture(cfg)
-    _check_expected_results(cfg.TEST.EXPECTED_RESULTS)
-    _check_weights(cfg, resume)
+    for key, be, then in _faults(cfg, eval_only, resume):
+        raise ValueError(f"{key} must be {be}, got {key}={look_up(cfg, key)}{then}")
     if not eval_only:
-        _check_precision(cfg)
         _warn_of_schedule(cfg)
         if os.path.isfile(os.path.join(cfg.OUTPUT_DIR, LAST)) and not resume:
             _logger.warning(
@@ -52,9 +48,7 @@ def check_run(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -> No
 
 
 def check_model(cfg: CfgNode, model: nn.Module) -> None:
-    """Warn of a recipe that is known to fail, and of keys for norms that are not there.
-
-    The recipe: frozen statistics that were never learned.
+    """Warn of frozen statistics that were never learned, and of keys for norms that are not there.
 
     Args:
         cfg: the config of the model.
@@ -74,82 +68,55 @@ def _name_idle_keys(cfg: CfgNode, model: nn.Module) -> None:
     """Warn of ``MODEL.PGN`` keys that were changed and decide nothing in this model."""
     defaults = get_cfg()
     add_pgn_config(defaults)
-    changed = [key for key, value in defaults.MODEL.PGN.items() if cfg.MODEL.PGN[key] != value]
-    if not any(isinstance(module, BindableNorm) for module in model.modules()):
-        idle, reason = changed, "the model has no PGN norm: set the NORM keys to PGN"
-    else:
-        by_rule = ("RULE", "ACTIVATION")
-        idle = [key for key in changed if key in by_rule and cfg.MODEL.PGN.NUM_GROUPS]
+    idle = [key for key, value in defaults.MODEL.PGN.items() if cfg.MODEL.PGN[key] != value]
+    reason = "the model has no PGN norm: set the NORM keys to PGN"
+    if any(isinstance(module, BindableNorm) for module in model.modules()):
+        idle = [key for key in ("RULE", "ACTIVATION") if key in idle and cfg.MODEL.PGN.NUM_GROUPS]
         reason = "MODEL.PGN.NUM_GROUPS is not 0"
     if idle:
+        names = ", ".join(f"MODEL.PGN.{key}" for key in idle)
         _logger.warning(
-            "%s %s no effect, for %s.",
-            ", ".join(f"MODEL.PGN.{key}" for key in idle),
-            *("has" if len(idle) == 1 else "have", reason),
+            "%s %s no effect, for %s.", names, "has" if len(idle) == 1 else "have", reason
         )
 
 
-def _check_device(cfg: CfgNode) -> None:
-    device = cfg.MODEL.DEVICE
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"MODEL.DEVICE must be a device of this machine, got MODEL.DEVICE={device}, and "
-            "PyTorch finds no CUDA GPU. Add MODEL.DEVICE cpu, or install a PyTorch that fits the "
-            "driver."
+def _faults(cfg: CfgNode, eval_only: bool, resume: bool) -> Iterator[tuple[str, str, str]]:
+    """Yield the keys that cannot stay, what each must be, and what follows on its value."""
+    model, test, amp = cfg.MODEL, cfg.TEST, cfg.SOLVER.AMP
+    name, on_cuda = model.META_ARCHITECTURE, model.DEVICE.startswith("cuda")
+    if on_cuda and not torch.cuda.is_available():
+        yield (
+            *("MODEL.DEVICE", "a device of this machine"),
+            ", and PyTorch finds no CUDA GPU. Add MODEL.DEVICE cpu, or install a PyTorch that fits "
+            "the driver.",
         )
-
-
-def _check_weights(cfg: CfgNode, resume: bool) -> None:
-    weights = cfg.MODEL.WEIGHTS
-    url = urlparse(weights)
-    if not weights or url.scheme or os.path.isfile(url.path):
-        return
+    if name == "PanopticFPN" and model.PANOPTIC_FPN.COMBINE.ENABLED and not model.MASK_ON:
+        yield (
+            *("MODEL.MASK_ON", "True for a PanopticFPN"),
+            ": its segments are its masks. Add MODEL.MASK_ON True, or "
+            "MODEL.PANOPTIC_FPN.COMBINE.ENABLED False.",
+        )
+    if test.AUG.ENABLED and name != "GeneralizedRCNN":
+        then = f" for a {name}. Add TEST.AUG.ENABLED False."
+        yield "TEST.AUG.ENABLED", "False but for a GeneralizedRCNN", then
+    # Detectron2 looks at these when training has ended.
+    if not all(isinstance(e, list | tuple) and len(e) == 4 for e in test.EXPECTED_RESULTS):
+        then = '. Write it like (("bbox", "AP", 38.5, 0.2),).'
+        yield "TEST.EXPECTED_RESULTS", "tuples (task, metric, value, tolerance)", then
+    url = urlparse(model.WEIGHTS)
+    is_missing = model.WEIGHTS and not url.scheme and not os.path.isfile(url.path)
     # Asked last, for it reads a whole checkpoint, on every rank, as the checkpointer will again.
-    if not (resume and newest_whole(cfg.OUTPUT_DIR)[0]):
-        raise ValueError(
-            f"MODEL.WEIGHTS must be a file, a URL or empty, got MODEL.WEIGHTS={weights}, which "
-            'does not exist. Correct the path, or add MODEL.WEIGHTS "" to start from scratch.'
+    if is_missing and not (resume and newest_whole(cfg.OUTPUT_DIR)[0]):
+        yield (
+            *("MODEL.WEIGHTS", "a file, a URL or empty"),
+            ', which does not exist. Correct the path, or add MODEL.WEIGHTS "" to start from '
+            "scratch.",
         )
-
-
-def _check_precision(cfg: CfgNode) -> None:
-    amp, device = cfg.SOLVER.AMP, cfg.MODEL.DEVICE
-    if amp.DTYPE not in DTYPES:
-        raise ValueError(
-            f"SOLVER.AMP.DTYPE must be one of {', '.join(DTYPES)}, got SOLVER.AMP.DTYPE="
-            f"{amp.DTYPE}. Correct the value."
-        )
-    if amp.ENABLED and amp.DTYPE == "float16" and not device.startswith("cuda"):
-        raise ValueError(
-            f"SOLVER.AMP.DTYPE must be bfloat16 on {device} with SOLVER.AMP.ENABLED, got "
-            "SOLVER.AMP.DTYPE=float16. Add SOLVER.AMP.DTYPE bfloat16."
-        )
-
-
-def _check_architecture(cfg: CfgNode) -> None:
-    model = cfg.MODEL
-    combines = model.META_ARCHITECTURE == "PanopticFPN" and model.PANOPTIC_FPN.COMBINE.ENABLED
-    if combines and not model.MASK_ON:
-        raise ValueError(
-            "MODEL.MASK_ON must be True for a PanopticFPN, got MODEL.MASK_ON=False: its segments "
-            "are its masks. Add MODEL.MASK_ON True, or MODEL.PANOPTIC_FPN.COMBINE.ENABLED False."
-        )
-    if cfg.TEST.AUG.ENABLED and model.META_ARCHITECTURE != "GeneralizedRCNN":
-        raise ValueError(
-            "TEST.AUG.ENABLED must be False but for a GeneralizedRCNN, got TEST.AUG.ENABLED=True "
-            f"for a {model.META_ARCHITECTURE}. Add TEST.AUG.ENABLED False."
-        )
-
-
-def _check_expected_results(expected: Sequence[Any]) -> None:
-    """Detectron2 looks at them when training has ended."""
-    for entry in expected:
-        if not isinstance(entry, list | tuple) or len(entry) != 4:
-            raise ValueError(
-                "TEST.EXPECTED_RESULTS must hold (task, metric, value, tolerance), got "
-                f"TEST.EXPECTED_RESULTS={expected!r}. Write it like "
-                '(("bbox", "AP", 38.5, 0.2),).'
-            )
+    if amp.DTYPE not in DTYPES and not eval_only:
+        yield "SOLVER.AMP.DTYPE", f"one of {', '.join(DTYPES)}", ". Correct the value."
+    if amp.ENABLED and amp.DTYPE == "float16" and not on_cuda and not eval_only:
+        be = f"bfloat16 on {model.DEVICE} with SOLVER.AMP.ENABLED"
+        yield "SOLVER.AMP.DTYPE", be, ". Add SOLVER.AMP.DTYPE bfloat16."
 
 
 def _warn_of_schedule(cfg: CfgNode) -> None:

@@ -21,7 +21,6 @@ from torch import nn
 from gn_practical.modeling import build_model, group_norm_bindings
 from gn_practical.training.atomic import write_json
 from gn_practical.training.checkpoint import GroupsCheckpointer
-from gn_practical.training.config.errors import not_for_config
 from gn_practical.training.config.node import RunConfig
 from gn_practical.training.data import CheckedDatasetMapper, skipped_samples
 from gn_practical.training.data.loader import build_train_loader
@@ -126,8 +125,8 @@ class Trainer(DefaultTrainer):
             try:
                 results = super().train()
             except Exception as error:
-                if self.iter > self.start_iter and not getattr(error, "of_evaluation", False):
-                    not_for_config(error)
+                if self.iter > self.start_iter:  # its keys have been seen to work
+                    error.is_for_config = getattr(error, "is_for_config", False)
                 raise
             finally:
                 self._trainer.reset_data_loader(lambda: self.state.loader)  # ends its workers
@@ -234,8 +233,8 @@ class Trainer(DefaultTrainer):
         except Exception as error:
             if STOP.received:  # another rank has left
                 raise Interrupted from error
-            # Its keys have not been seen to work; but a full disk is no value of the config.
-            error.of_evaluation = not isinstance(error, OSError)
+            if not isinstance(error, OSError):  # a full disk is no value of the config
+                error.is_for_config = True
             raise
 
 

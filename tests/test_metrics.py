@@ -8,14 +8,13 @@ from detectron2.engine import TrainerBase
 from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils.events import CommonMetricPrinter, EventStorage, JSONWriter
 
+from gn_practical.training.detectron2_internals import bound_histories
 from gn_practical.training.engine.events import SteadyWriter, forget_metrics
-from gn_practical.training.engine.hooks import BoundHistories
 
 
 def test_histories_are_bounded():
-    hook = BoundHistories(length=5)
     with EventStorage() as storage:
-        hook.before_train()
+        bound_histories(storage, length=5)
         for storage.iter in range(20):
             storage.put_scalar("loss", storage.iter)
     assert len(storage.history("loss").values()) == 5

@@ -6,7 +6,7 @@ from typing import NamedTuple
 class Architecture(NamedTuple):
     """What the rest of the trainer has to know of a meta-architecture.
 
-    Args:
+    Attributes:
         predicts: keys of its output, of "instances", "sem_seg", "panoptic" and "proposals".
         things: config key of its number of thing classes; "" for none.
         stuff: config key of its number of stuff classes, "things" included; "" for none.
@@ -17,14 +17,13 @@ class Architecture(NamedTuple):
     stuff: str = ""
 
 
+_ALL = frozenset({"instances", "sem_seg", "panoptic"})
 _ROI_HEADS, _SEM_SEG = "MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.SEM_SEG_HEAD.NUM_CLASSES"
 
 ARCHITECTURES = {
     "FCOS": Architecture(frozenset({"instances"})),  # has no keys: built by code alone
     "GeneralizedRCNN": Architecture(frozenset({"instances"}), things=_ROI_HEADS),
-    "PanopticFPN": Architecture(
-        frozenset({"instances", "sem_seg", "panoptic"}), things=_ROI_HEADS, stuff=_SEM_SEG
-    ),
+    "PanopticFPN": Architecture(_ALL, things=_ROI_HEADS, stuff=_SEM_SEG),
     "ProposalNetwork": Architecture(frozenset({"proposals"})),
     "RetinaNet": Architecture(frozenset({"instances"}), things="MODEL.RETINANET.NUM_CLASSES"),
     "SemanticSegmentor": Architecture(frozenset({"sem_seg"}), stuff=_SEM_SEG),
@@ -36,12 +35,5 @@ def architecture(name: str) -> Architecture:
 
     Args:
         name: ``MODEL.META_ARCHITECTURE``.
-
-    Example:
-        >>> architecture("RetinaNet").things
-        'MODEL.RETINANET.NUM_CLASSES'
-        >>> sorted(architecture("MaskFormer").predicts)
-        ['instances', 'panoptic', 'sem_seg']
     """
-    anything = Architecture(frozenset({"instances", "sem_seg", "panoptic"}))
-    return ARCHITECTURES.get(name, anything)
+    return ARCHITECTURES.get(name, Architecture(_ALL))

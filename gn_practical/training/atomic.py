@@ -14,14 +14,12 @@ PathLike = str | os.PathLike
 def replace_file(path: PathLike, durable: bool = True) -> Iterator[str]:
     """Name a new file to write, which replaces ``path`` whole at the end of the block, or never.
 
-    What is there before stays readable until then, and for good where the block raises. A rename
-    takes the place of a link, it does not write through it: neither a symbolic nor a hard link to
-    ``path`` changes the file that it shares.
+    What is there before stays readable until then, and for good where the block raises. A link is
+    replaced: the file that it shares stays as it is.
 
     Args:
         path: the file to write or replace; its folder must exist.
-        durable: whether the new content is on the disk at the end: file and folder are synced.
-            False where thousands of small files are written that can be made again.
+        durable: sync file and folder; False for thousands of small files that can be made again.
 
     Example:
         >>> import tempfile
@@ -67,10 +65,7 @@ def write_json(path: PathLike, content: Any, **options: Any) -> None:
 
 
 def refuse_overwriting(paths: Iterable[PathLike], sources: Iterable[PathLike]) -> None:
-    """Check that nothing that is read would be written over.
-
-    Files are compared as such: links, other spellings of a path and file systems that do not tell
-    upper from lower case are seen through.
+    """Check that nothing that is read would be written over, by whatever link or spelling.
 
     Args:
         paths: of files that will be written by `replace_file`.
@@ -81,20 +76,19 @@ def refuse_overwriting(paths: Iterable[PathLike], sources: Iterable[PathLike]) -
     """
     known = {key: source for source in sources if (key := _identity(source))}
     for path in map(os.fspath, paths):
-        for written in (path, f"{path}.tmp"):
-            if (source := known.get(_identity(written))) is not None:
-                raise ValueError(
-                    f"What is written must be another file than what is read, got {path} for "
-                    f"{source}. Choose another place for the output."
-                )
+        source = known.get(_identity(path)) or known.get(_identity(f"{path}.tmp"))
+        if source:
+            raise ValueError(
+                f"What is written must be another file than what is read, got {path} for "
+                f"{source}. Choose another place for the output."
+            )
 
 
 def _identity(path: PathLike) -> tuple[int, int] | None:
-    try:
+    with suppress(OSError):
         status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+        return status.st_dev, status.st_ino
+    return None
 
 
 def _sync(path: str) -> None:

@@ -70,15 +70,6 @@ def check_counts(cfg: CfgNode, keys: Iterable[str] = COUNTS, least: int = 0) -> 
 
     Raises:
         ValueError: for the first one that is too small.
-
-    Example:
-        >>> from detectron2.config import get_cfg
-        >>> cfg = get_cfg()
-        >>> cfg.TEST.NUM_PICTURES = -1
-        >>> check_counts(cfg)
-        Traceback (most recent call last):
-        ValueError: TEST.NUM_PICTURES must be 0 or more, got TEST.NUM_PICTURES=-1. Correct \
-the value.
     """
     for key in keys:
         value = look_up(cfg, key)

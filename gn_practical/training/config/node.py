@@ -96,9 +96,7 @@ class RunConfig(CfgNode):
         return [
             key
             for key in self.overridden
-            if not key.startswith(_READ_ELSEWHERE)
-            and "_TEST" not in key
-            and not self._was_read(key)
+            if not (key.startswith(_READ_ELSEWHERE) or "_TEST" in key or self._was_read(key))
         ]
 
     def _was_read(self, key: str) -> bool:

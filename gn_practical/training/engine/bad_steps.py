@@ -4,7 +4,9 @@ import json
 import logging
 import os
 from collections.abc import Iterable
+from itertools import islice
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,47 +50,36 @@ class BadSteps:
             FloatingPointError: if it is one too many; with the losses, the images and what to do.
         """
         self.skipped += 1
-        step = {**step, "skipped_steps": self.skipped, "checkpoint": self._last_checkpoint()}
+        last = Path(self.output_dir, LAST)
+        checkpoint = last.read_text().strip() if self.output_dir and last.is_file() else ""
+        step = {**step, "skipped_steps": self.skipped, "checkpoint": checkpoint}
         if self.output_dir and comm.is_main_process():
             with open(os.path.join(self.output_dir, "bad_steps.json"), "a") as file:
                 file.write(json.dumps(step) + "\n")
         text = f"the losses and gradients of a step must be finite, got {_words(step)}."
         if self.skipped > self.max_skipped:
-            raise FloatingPointError(f"{text} {self._advice(step)}")
+            left_out = f" after {self.max_skipped} steps left out" if self.max_skipped else ""
+            raise FloatingPointError(
+                f"{text} Training stopped{left_out} with the weights before that step; the last "
+                f"checkpoint is {checkpoint or 'none'}, and bad_steps.json holds the losses and "
+                "images. Look at these images, lower SOLVER.BASE_LR, add "
+                "SOLVER.CLIP_GRADIENTS.ENABLED True, or leave out more such steps with "
+                "SOLVER.MAX_SKIPPED_STEPS."
+            )
         logging.getLogger(__name__).warning(
             "%s The step is left out, as number %d of SOLVER.MAX_SKIPPED_STEPS=%d.",
             *(text, self.skipped, self.max_skipped),
         )
 
-    def _last_checkpoint(self) -> str:
-        path = os.path.join(self.output_dir, LAST)
-        if not (self.output_dir and os.path.isfile(path)):
-            return ""
-        with open(path) as file:
-            return file.read().strip()
-
-    def _advice(self, step: dict[str, Any]) -> str:
-        left_out = f" after {self.max_skipped} steps left out" if self.max_skipped else ""
-        return (
-            f"Training stopped{left_out} with the weights before that step; the last checkpoint is "
-            f"{step['checkpoint'] or 'none'}, and bad_steps.json holds the losses and images. Look "
-            "at these images, lower SOLVER.BASE_LR, add SOLVER.CLIP_GRADIENTS.ENABLED True, or "
-            "leave out more such steps with SOLVER.MAX_SKIPPED_STEPS."
-        )
-
 
 def _words(step: dict[str, Any]) -> str:
-    bad = {
-        name: value
-        for rank in step["ranks"]
-        for name, value in rank["losses"].items()
-        if isinstance(value, str)
-    }
-    what = [f"{name}={value}" for name, value in bad.items()]
-    what = what or [f"the gradient of {', '.join(step['gradients'][:3])}"]
+    losses = [loss for rank in step["ranks"] for loss in rank["losses"].items()]
+    bad = {name: value for name, value in losses if isinstance(value, str)}
+    what = ", ".join(f"{name}={value}" for name, value in bad.items())
+    what = what or f"the gradient of {', '.join(step['gradients'][:3])}"
     images = [str(image["file_name"]) for rank in step["ranks"] for image in rank["images"]]
     shown = ", ".join(images[:_MOST_NAMES]) + (" ..." if len(images) > _MOST_NAMES else "")
-    return f"{', '.join(what)} at iteration={step['iteration']} on {shown or 'unnamed images'}"
+    return f"{what} at iteration={step['iteration']} on {shown or 'unnamed images'}"
 
 
 def gradients_are_finite(optimizer: torch.optim.Optimizer) -> bool:
@@ -96,9 +87,6 @@ def gradients_are_finite(optimizer: torch.optim.Optimizer) -> bool:
 
     Under data parallelism gradients are averaged before, so all ranks get the same answer. On CUDA
     this waits for the backward pass, as the writing of the losses does otherwise.
-
-    Args:
-        optimizer: whose parameters' gradients are meant.
     """
     return all_finite(
         parameter.grad
@@ -129,10 +117,10 @@ def describe_step(
         for name, parameter in model.named_parameters()
         if parameter.grad is not None and not parameter.grad.isfinite().all()
     )
-    names = [name for name, _ in zip(bad, range(_MOST_NAMES), strict=False)]
+    names = list(islice(bad, _MOST_NAMES))
     return {"iteration": iteration, "gradients": names, "ranks": comm.all_gather(mine)}
 
 
 def losses_are_finite(step: dict[str, Any]) -> bool:
-    """Whether the losses of all ranks are finite in a step that :func:`describe_step` described."""
+    """Whether the losses of all ranks are finite in what :func:`describe_step` returned."""
     return not any(isinstance(v, str) for rank in step["ranks"] for v in rank["losses"].values())

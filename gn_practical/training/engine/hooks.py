@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from contextlib import ExitStack
 from typing import Any
 
 from detectron2.engine import HookBase
@@ -14,27 +15,9 @@ from gn_practical.analysis.recorder import BlockRecorder
 from gn_practical.training.checkpoint.checkpointer import BEST, GroupsCheckpointer
 from gn_practical.training.config.node import RunConfig, look_up
 from gn_practical.training.data import SkippedSamples
-from gn_practical.training.detectron2_internals import bound_histories
 from gn_practical.training.evaluation import plot_metrics
 
-
-class BoundHistories(HookBase):
-    """Keeps the newest values alone of each scalar in memory; the writers wrote all of them.
-
-    Detectron2 keeps the last million of each, some 100 bytes a value: with 25 scalars half a
-    gigabyte after 270,000 iterations. It looks at the last 20. First among the hooks, for it holds
-    for scalars that are new to the storage.
-
-    Args:
-        length: values that are kept of each scalar.
-    """
-
-    def __init__(self, length: int = 1000) -> None:
-        self.length = length
-
-    def before_train(self) -> None:
-        """Bound the histories to come."""
-        bound_histories(get_event_storage(), self.length)
+_logger = logging.getLogger(__name__)
 
 
 class CountSkippedSamples(HookBase):
@@ -58,18 +41,12 @@ class CountSkippedSamples(HookBase):
 
     def after_step(self) -> None:
         """Log the count, once there is something to count."""
-        if (self.trainer.iter + 1) % self.period == 0:
-            count = len(self.samples.read())
-            if count:
-                get_event_storage().put_scalar("skipped_samples", count, smoothing_hint=False)
+        if (self.trainer.iter + 1) % self.period == 0 and (count := len(self.samples.read())):
+            get_event_storage().put_scalar("skipped_samples", count, smoothing_hint=False)
 
 
 class NameUnreadKeys(HookBase):
-    """Warns after the first step of overrides that nothing has read.
-
-    Args:
-        cfg: the config that the trainer was built from.
-    """
+    """Warns after the first step of overrides of its config that nothing has read."""
 
     def __init__(self, cfg: RunConfig) -> None:
         self.cfg = cfg
@@ -78,7 +55,7 @@ class NameUnreadKeys(HookBase):
         """Warn, once."""
         unread = self.cfg.unread_overrides() if self.trainer.iter == self.trainer.start_iter else ()
         if unread:
-            logging.getLogger(__name__).warning(
+            _logger.warning(
                 "Nothing in this run reads %s: without effect. Are they keys of this model and "
                 "solver, or is what they belong to switched off?",
                 ", ".join(f"{key}={look_up(self.cfg, key)}" for key in unread),
@@ -107,33 +84,31 @@ class BestCheckpoint(HookBase):
 
     def before_train(self) -> None:
         """Read the best value of the run that is resumed."""
-        if self.trainer.start_iter > 0:
-            best = self._checkpointer.read_best()
-            if best.get("metric") == self._metric:
-                self._best = best["value"]
+        best = self._checkpointer.read_best() if self.trainer.start_iter > 0 else {}
+        if best.get("metric") == self._metric:
+            self._best = best["value"]
 
     def after_step(self) -> None:
         """Compare, if this step ended in an evaluation."""
-        evaluated = self._period > 0 and (self.trainer.iter + 1) % self._period == 0
-        if evaluated and self.trainer.iter + 1 != self.trainer.max_iter:
+        done = self.trainer.iter + 1
+        if self._period > 0 and done % self._period == 0 and done != self.trainer.max_iter:
             self._compare()
 
     def after_train(self) -> None:
         """Compare the final evaluation's value, if training was not broken off."""
         counted = self.trainer.iter
-        if counted + 1 < self.trainer.max_iter:
-            return
-        # The loop counts one further at its end; the state is that of the last step.
-        self.trainer.iter = self.trainer.max_iter - 1
-        self._compare()
-        self.trainer.iter = counted
+        if counted + 1 >= self.trainer.max_iter:
+            # The loop counts one further at its end; the state is that of the last step.
+            self.trainer.iter = self.trainer.max_iter - 1
+            self._compare()
+            self.trainer.iter = counted
 
     def _compare(self) -> None:
         latest: dict[str, Any] = self.trainer.storage.latest()
         value, evaluated = latest.get(self._metric, (math.nan, None))
         if evaluated is None:
             known = ", ".join(sorted(name for name in latest if "/AP" in name or "Q" in name))
-            logging.getLogger(__name__).warning(
+            _logger.warning(
                 "TEST.BEST_METRIC must be a result of the evaluation, got %s. There are: %s. "
                 "No best checkpoint is kept.",
                 *(self._metric, known or "none"),
@@ -142,9 +117,7 @@ class BestCheckpoint(HookBase):
             self._best, iteration = float(value), self.trainer.iter
             best = {"metric": self._metric, "value": self._best}
             self._checkpointer.save(BEST, iteration=iteration, best=best)
-            logging.getLogger(__name__).info(
-                "Best %s so far: %.3f after iteration %d", self._metric, value, iteration
-            )
+            _logger.info("Best %s so far: %.3f after iteration %d", self._metric, value, iteration)
         self._compared = evaluated
 
 
@@ -173,6 +146,7 @@ class IsometryHook(HookBase):
             )
         self.period = period
         self._recorder: BlockRecorder | None = None
+        self._attached = ExitStack()
 
     def before_train(self) -> None:
         """Fail early for a model that has nothing to measure."""
@@ -182,28 +156,22 @@ class IsometryHook(HookBase):
         """Attach the recorder where it is time."""
         if (self.trainer.iter + 1) % self.period == 0:
             self._recorder = BlockRecorder(self._model(), strict=False)
-            self._recorder.__enter__()
+            self._attached.enter_context(self._recorder)
 
     def after_step(self) -> None:
         """Detach it and log what it measured, without values that are not finite."""
-        recorder = self._detach()
-        if recorder is None:
-            return
-        storage = get_event_storage()
-        for layer, ratios in recorder.ratios().items():
+        self._attached.close()
+        recorder, self._recorder = self._recorder, None
+        for layer, ratios in recorder.ratios().items() if recorder else ():
             for name, value in ratios.items():
                 if math.isfinite(value):
-                    storage.put_scalar(f"isometry/{name}/{layer}", value, smoothing_hint=False)
+                    get_event_storage().put_scalar(
+                        f"isometry/{name}/{layer}", value, smoothing_hint=False
+                    )
 
     def after_train(self) -> None:
         """Detach it if a step failed."""
-        self._detach()
-
-    def _detach(self) -> BlockRecorder | None:
-        recorder, self._recorder = self._recorder, None
-        if recorder is not None:
-            recorder.__exit__(None, None, None)
-        return recorder
+        self._attached.close()
 
     def _model(self) -> nn.Module:
         model = self.trainer.model
@@ -211,11 +179,7 @@ class IsometryHook(HookBase):
 
 
 class PlotCurves(HookBase):
-    """Draws ``curves.png`` from ``metrics.json`` when training ends, however it ends.
-
-    Args:
-        output_dir: folder of both.
-    """
+    """Draws ``curves.png`` from the ``metrics.json`` of a folder when training ends, however."""
 
     def __init__(self, output_dir: str) -> None:
         self.output_dir = output_dir
@@ -226,6 +190,6 @@ class PlotCurves(HookBase):
         try:
             plot_metrics(os.path.join(self.output_dir, "metrics.json"), path)
         except Exception as error:
-            logging.getLogger(__name__).warning("The curves could not be drawn: %s", error)
+            _logger.warning("The curves could not be drawn: %s", error)
         else:
-            logging.getLogger(__name__).info("Curves of losses and metrics: %s", path)
+            _logger.info("Curves of losses and metrics: %s", path)

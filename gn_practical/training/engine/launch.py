@@ -28,10 +28,9 @@ class RankError(Exception):
 def launch(main: Callable[[Namespace], Any], args: Namespace) -> Any:
     """Run ``main(args)`` on every rank: under torchrun as it says, else as ``--num-gpus`` says.
 
-    Each rank stops on signals, and ends with one clear error where the user can correct it
-    (:func:`gn_practical.training.engine.run.run`). Without CUDA the ranks are processes on the CPU,
-    which share its cores and talk through gloo. Signals that ask to stop are passed on to the
-    ranks. When a rank ends with an error, or is killed, the others are ended too.
+    Each rank stops on signals, which the launcher passes on, and ends with one clear error where
+    the user can correct it. Without CUDA the ranks are processes on the CPU, which share its cores
+    and talk through gloo. When a rank ends with an error, or is killed, the others are ended too.
 
     Args:
         main: called once a rank; must be importable by name.
@@ -118,8 +117,8 @@ def _join_ranks() -> None:
     """Make the process group, apart from that of the ranks before a restart.
 
     torchrun keeps one store over its restarts, and with it the addresses of ranks that are gone
-    (PyTorch issue 135712). On one machine the number of the restart tells them apart; on several
-    it may differ, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 does: docs/cluster.md.
+    (PyTorch issue 135712). On one machine the number of the restart tells them apart; for several
+    see docs/cluster.md.
     """
     store, rank, world_size = next(distributed.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":

@@ -11,12 +11,12 @@ _LOGGERS = ("detectron2", "fvcore", "gn_practical", "py.warnings")
 # What these say of a run without trouble is for the file alone: tables, config, repeated warnings.
 DETAILS = logging.getLogger("gn_practical.details")
 _FOR_THE_FILE = (
-    *(DETAILS.name, "gn_practical.modeling", "py.warnings"),
-    *("detectron2.data", "detectron2.checkpoint", "detectron2.utils.env"),
+    *(DETAILS.name, "gn_practical.modeling", "detectron2.data", "detectron2.checkpoint"),
+    "detectron2.utils.env",
 )
 # PyTorch's advice to its own developers, with handlers of its own.
 _NOISY = ("torch.utils.cpp_extension", "torch.fx._symbolic_trace", "torch.multiprocessing.spawn")
-_COLUMNS = 100
+_COLUMNS, _TIME = 100, "%m/%d %H:%M:%S"
 
 _handlers: list[logging.Handler] = []
 
@@ -32,15 +32,12 @@ def start_logging(output_dir: str) -> None:
     """
     rank = comm.get_rank()
     path = os.path.join(output_dir, f"log.txt.rank{rank}" if rank else "log.txt")
-    for logger in map(logging.getLogger, _LOGGERS):
-        for handler in _handlers:  # of an earlier run in this process
-            logger.removeHandler(handler)
+    earlier = list(_handlers)  # of an earlier run in this process
     _handlers[:] = [_file_handler(path)] if rank else [_file_handler(path), _console_handler()]
     for logger in map(logging.getLogger, _LOGGERS):
+        logger.handlers = [each for each in logger.handlers if each not in earlier] + _handlers
         logger.setLevel(logging.DEBUG)
         logger.propagate = False
-        for handler in _handlers:
-            logger.addHandler(handler)
     logging.captureWarnings(True)
     quiet_torch()
 
@@ -58,32 +55,23 @@ def log_file() -> str:
 
 def _file_handler(path: str) -> logging.Handler:
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(
-        logging.Formatter(
-            "[%(asctime)s] %(name)s %(levelname)s: %(message)s", datefmt="%m/%d %H:%M:%S"
-        )
-    )
+    line = "[%(asctime)s] %(name)s %(levelname)s: %(message)s"
+    handler.setFormatter(logging.Formatter(line, datefmt=_TIME))
     return handler
 
 
 def _console_handler() -> logging.Handler:
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(_ConsoleFormatter("[%(asctime)s] %(message)s", datefmt="%m/%d %H:%M:%S"))
+    handler.setFormatter(_ConsoleFormatter("[%(asctime)s] %(message)s", datefmt=_TIME))
     handler.addFilter(_is_for_the_console)
     return handler
 
 
 def _is_for_the_console(record: logging.LogRecord) -> bool:
-    if record.exc_info:  # the error itself ends the run, in one line
+    if record.exc_info or record.name == "py.warnings":  # an error ends the run, in one line
         return False
-    return record.levelno > _least_level(record.name)
-
-
-def _least_level(name: str) -> int:
-    if name == "py.warnings":
-        return logging.WARNING
-    quiet = any(f"{name}.".startswith(f"{prefix}.") for prefix in _FOR_THE_FILE)
-    return logging.INFO if quiet else logging.DEBUG
+    quiet = any(f"{record.name}.".startswith(f"{prefix}.") for prefix in _FOR_THE_FILE)
+    return record.levelno > (logging.INFO if quiet else logging.DEBUG)
 
 
 class _ConsoleFormatter(logging.Formatter):
@@ -95,10 +83,5 @@ class _ConsoleFormatter(logging.Formatter):
             text = f"{record.levelname}: {text}"
         if len(text) <= _COLUMNS or "\n" in text:
             return text
-        return textwrap.fill(
-            text,
-            _COLUMNS,
-            subsequent_indent="    ",
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+        whole = {"break_long_words": False, "break_on_hyphens": False}
+        return textwrap.fill(text, _COLUMNS, subsequent_indent="    ", **whole)

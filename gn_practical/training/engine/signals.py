@@ -19,6 +19,7 @@ EXIT_INTERRUPTED = 75
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 # Launchers pass on what the cluster or the terminal has sent already: that is one request.
 _ECHO_SECONDS = 1.0
+_NOTICE = "stopping where nothing is lost. Again: at once.\n"
 
 
 class Interrupted(SystemExit):
@@ -69,8 +70,15 @@ class StopSignals:
         says_so = comm.is_main_process()
 
         def handle(number: int, _: FrameType | None) -> None:
-            if os.getpid() == process:  # and not a data loader's worker, which has the handler too
-                self._receive(signal.Signals(number), says_so)
+            now = time.monotonic()
+            if os.getpid() != process:  # but a data loader's worker, which has the handler too
+                return
+            if not self.received:
+                self.received, self._time = signal.Signals(number), now
+                if says_so:  # not by print or logging, which a handler may have interrupted
+                    os.write(2, f"{self.received.name}: {_NOTICE}".encode())
+            elif now - self._time > _ECHO_SECONDS:
+                os._exit(EXIT_INTERRUPTED)
 
         try:
             with stop_signals_to(handle):
@@ -96,16 +104,6 @@ class StopSignals:
         """Take no further signal: the checkpoint that the first one asked for is being written."""
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-
-    def _receive(self, number: signal.Signals, says_so: bool) -> None:
-        now = time.monotonic()
-        if self.received and now - self._time > _ECHO_SECONDS:
-            os._exit(EXIT_INTERRUPTED)
-        if not self.received:
-            self.received, self._time = number, now
-            if says_so:  # not by print or logging, which a handler may have interrupted
-                text = f"{number.name}: stopping where nothing is lost. Again: at once.\n"
-                os.write(2, text.encode())
 
 
 STOP = StopSignals()

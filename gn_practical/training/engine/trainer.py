@@ -25,6 +25,7 @@ from gn_practical.training.config.node import RunConfig
 from gn_practical.training.data import CheckedDatasetMapper, skipped_samples
 from gn_practical.training.data.loader import build_train_loader
 from gn_practical.training.data.seeding import run_seed
+from gn_practical.training.detectron2_internals import bound_histories
 from gn_practical.training.engine import hooks
 from gn_practical.training.engine.autocast import AutocastTrainer
 from gn_practical.training.engine.bad_steps import BadSteps
@@ -47,7 +48,8 @@ class Trainer(DefaultTrainer):
     their table, ``results.json`` and pictures; curves when training ends.
 
     Args:
-        cfg: a config with the keys of :func:`gn_practical.add_pgn_config`.
+        cfg: a config with the keys of :func:`gn_practical.add_pgn_config` and
+            :func:`gn_practical.training.add_training_config`.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -99,7 +101,16 @@ class Trainer(DefaultTrainer):
                 built.insert(0, hooks.CountSkippedSamples(skipped_samples(cfg)))
             if cfg.SOLVER.AUDIT_PERIOD:
                 built.insert(0, hooks.IsometryHook(cfg.SOLVER.AUDIT_PERIOD))
-        return [hooks.BoundHistories(), *built]
+        return built
+
+    def before_train(self) -> None:
+        """Run the hooks, with a storage that forgets.
+
+        Detectron2 keeps a million values of each scalar, 100 bytes a value, and looks at 20 of
+        them; the writers write them all.
+        """
+        bound_histories(self.storage, 1000)
+        super().before_train()
 
     def build_writers(self) -> list[EventWriter]:
         """Return Detectron2's writers, which cannot end the training here."""
@@ -190,12 +201,7 @@ class Trainer(DefaultTrainer):
         mapper = CheckedDatasetMapper(cfg, is_train=False)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
-    @classmethod
-    def build_evaluator(
-        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
-    ) -> DatasetEvaluator:
-        """Return the evaluators that the data set's metadata ask for."""
-        return build_evaluator(cfg, dataset_name, output_folder)
+    build_evaluator = staticmethod(build_evaluator)
 
     @classmethod
     def test(

@@ -52,8 +52,7 @@ class TrainingState:
                 "left out, and the iterations go on counting; batches are shared out and random "
                 "numbers drawn otherwise, so the weights will not be those of the first run to the "
                 "bit. Where the batch has changed too, so have the epochs of the iterations left.",
-                state["num_ranks"],
-                comm.get_world_size(),
+                *(state["num_ranks"], comm.get_world_size()),
             )
 
     def warn_if_fresh(self) -> None:

@@ -31,9 +31,5 @@ ARCHITECTURES = {
 
 
 def architecture(name: str) -> Architecture:
-    """Return what is known of a meta-architecture; of an unknown one, that it may predict all.
-
-    Args:
-        name: ``MODEL.META_ARCHITECTURE``.
-    """
+    """Return what is known of a meta-architecture; of an unknown one, that it may predict all."""
     return ARCHITECTURES.get(name, Architecture(_ALL))

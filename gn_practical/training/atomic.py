@@ -48,12 +48,7 @@ def replace_file(path: PathLike, durable: bool = True) -> Iterator[str]:
 
 
 def write_json(path: PathLike, content: Any, **options: Any) -> None:
-    """Write a json file whole; its folder is made.
-
-    Args:
-        path: the file to write or replace.
-        content: what ``json.dumps`` takes.
-        options: of ``json.dumps``.
+    """Write a json file whole, with options of ``json.dumps``; its folder is made.
 
     Raises:
         OSError: if it cannot be written; ``path`` is then as it was.

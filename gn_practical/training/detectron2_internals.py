@@ -15,21 +15,13 @@ from fvcore.common.history_buffer import HistoryBuffer
 
 
 def stream_of_all_ranks(sampler: TrainingSampler | RepeatFactorTrainingSampler) -> Iterator[int]:
-    """Return the endless indices of all ranks; iterating the sampler gives one rank's alone.
-
-    Args:
-        sampler: of Detectron2.
-    """
+    """Return the endless indices of all ranks; iterating the sampler gives one rank's alone."""
     return sampler._infinite_indices()
 
 
 def bound_histories(storage: EventStorage, length: int) -> None:
-    """Keep the newest values alone of scalars that are new to a storage.
+    """Keep so many of the newest values alone of scalars that are new to a storage.
 
     There is no argument for it: the storage makes its histories by the default of a dict.
-
-    Args:
-        storage: of a training that begins.
-        length: values to keep of each scalar.
     """
     storage.histories().default_factory = partial(HistoryBuffer, length)

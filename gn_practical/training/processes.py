@@ -9,10 +9,6 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def end_with_parent(number: int = signal.SIGKILL) -> None:
-    """Ask Linux to send this process a signal when its parent ends; elsewhere do nothing.
-
-    Args:
-        number: the signal.
-    """
+    """Ask Linux to send this process a signal when its parent ends; elsewhere do nothing."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)

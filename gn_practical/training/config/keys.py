@@ -63,11 +63,6 @@ COUNTS = (
 def check_counts(cfg: CfgNode, keys: Iterable[str] = COUNTS, least: int = 0) -> None:
     """Check integers of our own; the values of Detectron2's keys are Detectron2's business.
 
-    Args:
-        cfg: a complete config.
-        keys: dotted.
-        least: what they must be at least.
-
     Raises:
         ValueError: for the first one that is too small.
     """

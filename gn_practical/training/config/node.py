@@ -72,12 +72,9 @@ class RunConfig(CfgNode):
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
         """Read a YAML file and its ``_BASE_`` as Detectron2 does.
 
-        Args:
-            filename: the file.
-            allow_unsafe: let it run the code it names.
-
         Raises:
-            ConfigFileError: naming file and line, if it would run code or holds no keys.
+            ConfigFileError: naming file and line, if it holds no keys, or would run code and is not
+                ``allow_unsafe``.
         """
         trusted = allow_unsafe or _is_installed(filename)
         if not trusted:

@@ -7,9 +7,6 @@ from typing import Any
 def override_pairs(opts: Sequence[Any]) -> dict[Any, Any]:
     """Return {KEY: VALUE} of words in turn.
 
-    Args:
-        opts: keys and values in turn.
-
     Raises:
         ValueError: if a key or value is left over.
 
@@ -26,10 +23,7 @@ def override_pairs(opts: Sequence[Any]) -> dict[Any, Any]:
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Part the words of an option that takes any number of them from the overrides behind it.
-
-    Args:
-        words: what argparse gave to the option; a key is the first word in capitals.
+    """Part an option's words from the overrides behind it, which begin with a word in capitals.
 
     Example:
         >>> split_overrides(["exact", "32", "SEED", "1"])

@@ -22,10 +22,10 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 class AutocastTrainer(SimpleTrainer):
     """A ``SimpleTrainer`` with autocast on any device, and without steps that are not finite.
 
-    Detectron2's ``AMPTrainer`` asserts CUDA and always scales the loss; this one takes the device
-    of the model and scales the loss for float16 alone. Detectron2's trainers look at the losses
-    alone, on the main rank, where the others would wait for ever; this one looks at the gradients
-    too, and all ranks decide alike. Of a bad step no weight, momentum or running statistic stays.
+    Detectron2's ``AMPTrainer`` asserts CUDA and always scales the loss; this one scales it for
+    float16 alone. Detectron2's trainers look at the losses alone, on the main rank, where the
+    others would wait for ever; this one looks at the gradients too, and all ranks decide alike. Of
+    a bad step no weight, momentum or running statistic stays.
 
     Args:
         model: returns a dict of losses.
@@ -75,11 +75,7 @@ class AutocastTrainer(SimpleTrainer):
         self._write_counts()
 
     def reset_data_loader(self, data_loader_builder: Callable[[], Iterable[Any]]) -> None:
-        """Replace the data loader, and end the workers of the one before.
-
-        Args:
-            data_loader_builder: makes the new one.
-        """
+        """Replace the data loader, and end the workers of the one before."""
         self._batches = None
         super().reset_data_loader(data_loader_builder)
 

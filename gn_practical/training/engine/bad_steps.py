@@ -30,12 +30,6 @@ class BadSteps:
         max_skipped: bad steps of a run, resumed or not, that are left out; the next one is an
             error. They are counted in total: a few hard batches among thousands do no harm, and
             weights that are beyond repair reach any number at once.
-
-    Example:
-        >>> bad_steps = BadSteps(max_skipped=1)
-        >>> bad_steps.add({"iteration": 7, "ranks": [{"losses": {"loss": "nan"}, "images": []}]})
-        >>> bad_steps.skipped
-        1
     """
 
     def __init__(self, output_dir: str = "", max_skipped: int = 0) -> None:
@@ -99,14 +93,7 @@ def gradients_are_finite(optimizer: torch.optim.Optimizer) -> bool:
 def describe_step(
     iteration: int, model: nn.Module, losses: dict[str, Tensor], data: Iterable[Any]
 ) -> dict[str, Any]:
-    """Describe a step for :class:`BadSteps`; every rank must call this.
-
-    Args:
-        iteration: number of the step.
-        model: with the gradients of the step.
-        losses: of this rank.
-        data: this rank's batch of samples in Detectron2's format.
-    """
+    """Describe a step for :class:`BadSteps`; every rank must call it, with its losses and data."""
     values = {name: loss.item() for name, loss in losses.items()}
     mine = {
         "losses": {name: v if isfinite(v) else str(v) for name, v in values.items()},

@@ -48,12 +48,7 @@ def check_run(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -> No
 
 
 def check_model(cfg: CfgNode, model: nn.Module) -> None:
-    """Warn of frozen statistics that were never learned, and of keys for norms that are not there.
-
-    Args:
-        cfg: the config of the model.
-        model: as it was built.
-    """
+    """Warn of frozen statistics that were never learned, and of keys for norms not in the model."""
     _name_idle_keys(cfg, model)
     frozen = sum(isinstance(module, FrozenBatchNorm2d) for module in model.modules())
     if frozen and not cfg.MODEL.WEIGHTS:
@@ -122,8 +117,7 @@ def _faults(cfg: CfgNode, eval_only: bool, resume: bool) -> Iterator[tuple[str, 
 def _warn_of_schedule(cfg: CfgNode) -> None:
     """Warn of a learning rate that does not fit the length of the run or the batch.
 
-    Shortening a run is the first thing that one does, and its overrides leave the rest of the
-    recipe as it was.
+    Overrides that shorten a run leave the rest of its recipe as it was.
     """
     solver = cfg.SOLVER
     length = f"SOLVER.MAX_ITER={solver.MAX_ITER}"

@@ -13,9 +13,6 @@ class SteadyWriter(EventWriter):
 
     Nor does Detectron2's printer, which divides by zero where it is asked twice in an iteration:
     at the end of a run that a signal stops within three steps of its start.
-
-    Args:
-        writer: of Detectron2.
     """
 
     def __init__(self, writer: EventWriter) -> None:
@@ -46,12 +43,7 @@ class SteadyWriter(EventWriter):
 
 
 def forget_metrics(path: str, iteration: int) -> None:
-    """Cut off the lines of ``metrics.json`` that the resumed run will write again.
-
-    Args:
-        path: of the file; it may be missing.
-        iteration: the first that will be run.
-    """
+    """Cut off the lines of ``metrics.json``, if there is one, from the resumed iteration on."""
     if not os.path.isfile(path):
         return
     kept = 0

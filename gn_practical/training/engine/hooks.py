@@ -21,9 +21,7 @@ _logger = logging.getLogger(__name__)
 
 
 class CountSkippedSamples(HookBase):
-    """Logs the number of images that could not be used as ``skipped_samples``.
-
-    For the main rank. Where training starts at 0 it removes the list of an earlier run.
+    """Logs the number of images that could not be used as ``skipped_samples``; on the main rank.
 
     Args:
         samples: the list that the mappers write.
@@ -35,7 +33,7 @@ class CountSkippedSamples(HookBase):
         self.period = period
 
     def before_train(self) -> None:
-        """Forget an earlier run."""
+        """Remove the list of an earlier run, where training starts at 0."""
         if self.trainer.start_iter == 0:
             self.samples.forget()
 
@@ -127,15 +125,9 @@ class IsometryHook(HookBase):
     See :mod:`gn_practical.analysis.audit` for what they are. Between these iterations nothing is
     attached to the model. ``SOLVER.AUDIT_PERIOD`` adds this hook on the main rank.
 
-    Args:
-        period: iterations from one measurement to the next.
-
     Raises:
         ValueError: for a period that is no positive integer; when training begins, for a model
             without group norms.
-
-    Example:
-        >>> hook = IsometryHook(period=100)
     """
 
     def __init__(self, period: int) -> None:

@@ -21,10 +21,6 @@ _MOST_LETTERS = 80
 def run(main: Callable[[Namespace], Any], args: Namespace) -> Any:
     """Call ``main(args)``, stopped by signals, and ended by errors in one line.
 
-    Args:
-        main: trains or evaluates.
-        args: what :func:`gn_practical.training.engine.argument_parser` parsed.
-
     Raises:
         Interrupted: if a signal stopped it; the process ends with ``EXIT_INTERRUPTED``.
         SystemExit: with the line of an error that the user can correct.

@@ -57,10 +57,6 @@ def default_setup(cfg: CfgNode, args: Namespace) -> None:
 
     What Detectron2 prints, environment, command line and config, is in ``log.txt``.
 
-    Args:
-        cfg: a complete config.
-        args: the command line.
-
     Raises:
         ValueError: if ``OUTPUT_DIR`` cannot be written.
     """

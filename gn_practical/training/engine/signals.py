@@ -123,11 +123,7 @@ class Agreement:
         self._work: distributed.Work | None = None
 
     def stop(self, wanted: bool) -> bool:
-        """Return whether to stop now; called by every rank after every step.
-
-        Args:
-            wanted: whether this rank has been asked to.
-        """
+        """Return whether to stop now; called by every rank after every step, as it was asked."""
         if self._alone:
             return wanted
         self.finish()

@@ -13,13 +13,7 @@ from gn_practical.training.engine.logs import log_file
 
 
 def describe_run(cfg: CfgNode, model: nn.Module, train_loader: Iterable[Any]) -> str:
-    """Describe a training for the first screen.
-
-    Args:
-        cfg: of the run, as scaled to its number of ranks.
-        model: as built.
-        train_loader: of the training data.
-    """
+    """Describe a training for the first screen, with its config as scaled to the ranks."""
     solver, images = cfg.SOLVER, len(getattr(train_loader, "dataset", ()))
     data = ", ".join(cfg.DATASETS.TRAIN) + (f" ({images:,} images)" if images else "")
     tested = ", ".join(cfg.DATASETS.TEST)

@@ -18,10 +18,6 @@ class TrainingState:
     Every step's random numbers follow from seed, rank and iteration, those of every sample from
     seed and position (:class:`~gn_practical.training.data.loader.SeededDataset`). So one state is
     enough for all ranks, their workers and their GPUs: the seed, and the place in the data.
-
-    Args:
-        seed: of the run, the same on all ranks.
-        loader: of the training data.
     """
 
     def __init__(self, seed: int, loader: Iterable[Any]) -> None:

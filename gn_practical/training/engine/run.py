@@ -44,10 +44,10 @@ def one_clear_error(args: Namespace | None = None) -> Iterator[None]:
 
     Example:
         >>> with one_clear_error(Namespace(config_file="a.yaml", opts=["MODEL.DEVICE", "gpu"])):
-        ...     {}["gpu"]
+        ...     {}["gpu"]  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         SystemExit: error: the config must fit together, got KeyError: 'gpu'. Look at the \
-overrides MODEL.DEVICE=gpu of a.yaml.
+overrides MODEL.DEVICE=gpu of a.yaml...
     """
     try:
         yield

@@ -62,7 +62,8 @@ def default_setup(cfg: CfgNode, args: Namespace) -> None:
     """
     STOP.check()
     with raise_on_all_ranks(ValueError):
-        _make_folder(cfg)
+        if comm.is_main_process():
+            _make_folder(cfg)
     start_logging(cfg.OUTPUT_DIR)
     DETAILS.info("Environment:\n%s", collect_env_info())
     DETAILS.info(
@@ -80,8 +81,6 @@ def default_setup(cfg: CfgNode, args: Namespace) -> None:
 
 
 def _make_folder(cfg: CfgNode) -> None:
-    if not comm.is_main_process():
-        return
     try:
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
         with replace_file(os.path.join(cfg.OUTPUT_DIR, "config.yaml")) as path:

@@ -19,13 +19,6 @@ def raise_on_all_ranks(kind: type[Exception]) -> Iterator[None]:
 
     Raises:
         kind: what this rank raised, or else the first that another one did.
-
-    Example:
-        >>> with raise_on_all_ranks(ValueError):
-        ...     if comm.is_main_process():
-        ...         raise ValueError("the file is damaged")
-        Traceback (most recent call last):
-        ValueError: the file is damaged
     """
     error = None
     try:

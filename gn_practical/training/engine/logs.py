@@ -35,7 +35,10 @@ def start_logging(output_dir: str) -> None:
     earlier = list(_handlers)  # of an earlier run in this process
     _handlers[:] = [_file_handler(path)] if rank else [_file_handler(path), _console_handler()]
     for logger in map(logging.getLogger, _LOGGERS):
-        logger.handlers = [each for each in logger.handlers if each not in earlier] + _handlers
+        for handler in earlier:
+            logger.removeHandler(handler)
+        for handler in _handlers:
+            logger.addHandler(handler)
         logger.setLevel(logging.DEBUG)
         logger.propagate = False
     logging.captureWarnings(True)

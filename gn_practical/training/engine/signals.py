@@ -71,7 +71,7 @@ class StopSignals:
 
         def handle(number: int, _: FrameType | None) -> None:
             now = time.monotonic()
-            if os.getpid() != process:  # but a data loader's worker, which has the handler too
+            if os.getpid() != process:  # a data loader's worker, which has the handler too
                 return
             if not self.received:
                 self.received, self._time = signal.Signals(number), now

@@ -9,19 +9,18 @@ from tabulate import tabulate
 from gn_practical.training.atomic import write_json
 
 _WIDTH = 100  # of the tables, in characters
-_CELL = 3  # of it: a border and two spaces
-_TITLE = 2  # tabulate's, around a header
 
 
-def flat_results(results: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Go through the main metrics of an evaluation.
-
-    Metrics of single classes ("AP-person") are left out. As for Detectron2, a hyphen tells them.
+def flat_results(
+    results: dict[str, Any], task: str = "", with_classes: bool = False
+) -> Iterator[tuple[str, str, Any]]:
+    """Go through the metrics of an evaluation.
 
     Args:
         results: task → metric → value, as Detectron2's evaluators return it, or data set → task →
             metric → value where several data sets were evaluated.
-        prefix: of the tasks.
+        task: under which the results stand.
+        with_classes: also metrics of single classes, told by a hyphen as in "AP-person".
 
     Returns:
         Tuples (task, metric, value), with "data set/task" where there are several data sets.
@@ -32,9 +31,9 @@ def flat_results(results: dict[str, Any], prefix: str = "") -> Iterator[tuple[st
     """
     for name, value in results.items():
         if isinstance(value, dict):
-            yield from flat_results(value, f"{prefix}/{name}".lstrip("/"))
-        elif "-" not in name:
-            yield prefix, name, value
+            yield from flat_results(value, f"{task}/{name}".lstrip("/"), with_classes)
+        elif with_classes or "-" not in name:
+            yield task, name, value
 
 
 def results_table(results: dict[str, Any]) -> str:
@@ -78,21 +77,13 @@ def write_results(results: dict[str, Any] | list[Any], path: str) -> None:
 
 def _tables(task: str, rows: dict[str, dict[str, Any]]) -> Iterator[str]:
     """Yield the table of a task, in as many parts as its width asks for."""
-    first = max(len(task) + _TITLE, *map(len, rows)) + _CELL
     part: list[str] = []
-    metrics = list(dict.fromkeys(metric for row in rows.values() for metric in row))
-    for metric in metrics:
-        if part and 1 + first + sum(_column(rows, m) for m in [*part, metric]) > _WIDTH:
+    for metric in dict.fromkeys(metric for row in rows.values() for metric in row):
+        if part and _table(task, rows, [*part, metric]).index("\n") > _WIDTH:
             yield _table(task, rows, part)
             part = []
         part.append(metric)
     yield _table(task, rows, part)
-
-
-def _column(rows: dict[str, dict[str, Any]], metric: str) -> int:
-    return (
-        max(len(metric) + _TITLE, *(len(_cell(row.get(metric))) for row in rows.values())) + _CELL
-    )
 
 
 def _table(task: str, rows: dict[str, dict[str, Any]], metrics: list[str]) -> str:
@@ -114,9 +105,7 @@ def _strict(value: Any) -> Any:
         return {str(key): _strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_strict(item) for item in value]
-    if isinstance(value, (str, bool)) or value is None:
+    if isinstance(value, (str, int)) or value is None:  # a bool is an int
         return value
     number = float(value)  # NumPy scalars and zero-dimensional tensors too
-    if not math.isfinite(number):
-        return None
-    return int(number) if isinstance(value, int) else number
+    return number if math.isfinite(number) else None

@@ -96,12 +96,7 @@ class CocoEvaluator(DatasetEvaluator):
         self._tasks: set[str] = set()
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Keep the instances of a batch.
-
-        Args:
-            inputs: dicts with "image_id".
-            outputs: dicts with "instances"; others are passed over.
-        """
+        """Keep the "instances" of a batch by "image_id"; outputs without are passed over."""
         for image, output in zip(inputs, outputs, strict=True):
             if "instances" in output:
                 instances = output["instances"].to("cpu")

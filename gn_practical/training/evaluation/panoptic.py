@@ -31,29 +31,28 @@ from gn_practical.training.evaluation.ids import (
 logger = logging.getLogger(__name__)
 
 Annotation = dict[str, Any]
-Tallies = dict[int, np.ndarray]
 
 
-def panoptic_quality(tallies: Iterable[np.ndarray]) -> dict[str, float]:
+def panoptic_quality(tallies: np.ndarray) -> dict[str, float]:
     """PQ, SQ and RQ in percent, averaged over classes (Kirillov et al., arXiv:1801.00868, Eq. 1).
 
     Of one class, PQ = Σ IoU / (TP + FP/2 + FN/2), SQ = Σ IoU / TP, RQ = TP / (TP + FP/2 + FN/2).
     A class with neither ground truth nor prediction does not count; no class at all gives NaN.
 
     Args:
-        tallies: of each class, (Σ IoU of the matches, TP, FP, FN).
+        tallies: of each class a row: Σ IoU of the matches, TP, FP, FN.
 
     Returns:
         Keys "PQ", "SQ", "RQ".
 
     Example:
-        >>> panoptic_quality([np.array([0.75, 1, 1, 1]), np.zeros(4)])
+        >>> panoptic_quality(np.array([[0.75, 1, 1, 1], [0, 0, 0, 0]]))
         {'PQ': 37.5, 'SQ': 75.0, 'RQ': 50.0}
     """
-    table = np.array([tally for tally in tallies if tally[1:].any()]).reshape(-1, 4)
-    if len(table) == 0:
+    tallies = tallies[tallies[:, 1:].any(axis=1)]
+    if len(tallies) == 0:
         return dict.fromkeys(("PQ", "SQ", "RQ"), float("nan"))
-    iou, matched, false_positive, false_negative = table.T
+    iou, matched, false_positive, false_negative = tallies.T
     size = matched + false_positive / 2 + false_negative / 2
     per_class = {"PQ": iou / size, "SQ": iou / np.maximum(matched, 1), "RQ": matched / size}
     return {name: 100 * float(values.mean()) for name, values in per_class.items()}
@@ -63,13 +62,11 @@ class PanopticEvaluator(DatasetEvaluator):
     """PQ, SQ and RQ for all classes, things and stuff, as the official code computes them.
 
     The numbers are those of COCO's panopticapi, also in its ways: where an image has several
-    crowds of one class, only the last one listed excuses predictions. Matching is done by
-    ``hotcoco``, on each rank for its own images, and the classes' tallies are summed on the main
-    rank: memory stays flat, and machines need no file system in common.
+    crowds of one class, only the last one listed excuses predictions. Each rank matches its own
+    images with ``hotcoco``: memory stays flat, and machines need no file system in common.
 
-    Predictions go to ``output_dir/panoptic/*.png``, named as the ground truth's, while they come,
-    and to ``output_dir/predictions.json`` at the end, in COCO's panoptic format; without
-    ``output_dir`` they are dropped.
+    Predictions go to ``output_dir/panoptic/*.png``, named as the ground truth's, and
+    ``output_dir/predictions.json``, in COCO's panoptic format; without ``output_dir`` nowhere.
 
     Differences from ``COCOPanopticEvaluator``: areas are those of the PNGs, whatever the json says
     (where it is wrong, the official code finds an IoU above 1); ids of images and categories may be
@@ -93,21 +90,23 @@ class PanopticEvaluator(DatasetEvaluator):
 
     def __init__(self, dataset_name: str, output_dir: str | None = None) -> None:
         self._metadata = MetadataCatalog.get(dataset_name)
-        things = self._metadata.thing_dataset_id_to_contiguous_id
-        stuff = self._metadata.stuff_dataset_id_to_contiguous_id
-        # isthing → contiguous id → the data set's
-        self._dataset_ids = {True: _inverse(things), False: _inverse(stuff)}
         self._name, self._output_dir = dataset_name, output_dir
         self._path = self._metadata.panoptic_json
         self._content = read_json(PathManager.get_local_path(self._path))
         annotations = self._content["annotations"]
         self._truth = {annotation["image_id"]: annotation for annotation in annotations}
-        of = f"in {self._path}"
-        self._images = numbered((a["image_id"] for a in annotations), f"annotated images {of}")
-        categories = [category["id"] for category in self._content["categories"]]
-        self._categories = numbered(categories, f"categories {of}")
-        # None: the model predicts the data set's own ids
-        self._dataset_ids[None] = {category: category for category in categories}
+        self._images = numbered(
+            (a["image_id"] for a in annotations), f"annotated images in {self._path}"
+        )
+        ids = [category["id"] for category in self._content["categories"]]
+        self._categories = numbered(ids, f"categories in {self._path}")
+        things = self._metadata.thing_dataset_id_to_contiguous_id
+        stuff = self._metadata.stuff_dataset_id_to_contiguous_id
+        self._dataset_ids = {  # isthing → predicted id → the data set's
+            True: {value: key for key, value in things.items()},
+            False: {value: key for key, value in stuff.items()},
+            None: dict(zip(ids, ids, strict=True)),  # the model predicts the data set's own
+        }
         for annotation in annotations:
             self._check_segments(annotation)
         taken: set[str] = set()
@@ -123,13 +122,7 @@ class PanopticEvaluator(DatasetEvaluator):
         self._png_dir = os.path.join(folder, "panoptic")
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Write the predictions of a batch.
-
-        Args:
-            inputs: dicts with "file_name" and "image_id".
-            outputs: dicts with "panoptic_seg": ``(ids, segments_info)``; where ``segments_info``
-                is None, ids are ``class * label_divisor + instance``, -1 for void.
-        """
+        """Write the predictions of a batch, "panoptic_seg" of each output, by "image_id"."""
         for image, output in zip(inputs, outputs, strict=True):
             image_id = image["image_id"]
             if image_id not in self._truth or image_id in self._predictions:
@@ -159,11 +152,7 @@ class PanopticEvaluator(DatasetEvaluator):
             path = os.path.join(self._output_dir, "predictions.json")
             write_json(path, {**self._content, "annotations": predictions})
             logger.info("Panoptic predictions saved to %s and %s", path, self._png_dir)
-        tallies = {
-            category: sum((part[number] for _, part in gathered if part), np.zeros(4))
-            for category, number in self._categories.items()
-        }
-        return OrderedDict(panoptic_seg=self._summarize(tallies))
+        return OrderedDict(panoptic_seg=self._summarize(sum(part for _, part in gathered)))
 
     def _check_segments(self, annotation: Annotation) -> None:
         segments = annotation["segments_info"]
@@ -200,10 +189,10 @@ class PanopticEvaluator(DatasetEvaluator):
         ids = self._dataset_ids[None if is_thing is None else bool(is_thing)]
         return {**segment, "category_id": dataset_class(segment["category_id"], ids, of)}
 
-    def _tallies(self) -> Tallies:
+    def _tallies(self) -> np.ndarray:
         """(Σ IoU, TP, FP, FN) of each class, by its number, over the images of this rank."""
         if not self._predictions:
-            return {}
+            return np.zeros((len(self._categories), 4))
         evaluation = PanopticEval(
             self._numbered(self._truth[image_id] for image_id in self._predictions),
             self._numbered(self._predictions.values()),
@@ -211,10 +200,9 @@ class PanopticEvaluator(DatasetEvaluator):
             pred_folder=self._png_dir,
         )
         evaluation.evaluate()
-        return {
-            number: np.array([row["iou"], row["tp"], row["fp"], row["fn"]], dtype=np.float64)
-            for number, row in evaluation.results()["per_class"].items()
-        }
+        rows = evaluation.results()["per_class"]
+        keys = ("iou", "tp", "fp", "fn")
+        return np.array([[rows[n][key] for key in keys] for n in self._categories.values()], float)
 
     def _numbered(self, annotations: Iterable[Annotation]) -> dict[str, list]:
         """Return what hotcoco reads, under numbers; areas left out, it counts pixels."""
@@ -234,31 +222,24 @@ class PanopticEvaluator(DatasetEvaluator):
                 for segment in annotation["segments_info"]
             ]
             content["images"].append({"id": number})
-            content["annotations"].append(
-                {
-                    "image_id": number,
-                    "file_name": annotation["file_name"],
-                    "segments_info": segments,
-                }
-            )
+            file = {"image_id": number, "file_name": annotation["file_name"]}
+            content["annotations"].append({**file, "segments_info": segments})
         return content
 
-    def _summarize(self, tallies: Tallies) -> dict[str, float]:
-        categories = self._content["categories"]
-        known_things = self._dataset_ids[True].values()
-        things = {c["id"] for c in categories if c.get("isthing", c["id"] in known_things)}
-        groups = {"": set(tallies), "_th": things, "_st": set(tallies) - things}
-        by_group = {
-            suffix: panoptic_quality(t for c, t in tallies.items() if c in group)
-            for suffix, group in groups.items()
+    def _summarize(self, tallies: np.ndarray) -> dict[str, float]:
+        entries = {category["id"]: category for category in self._content["categories"]}
+        known = self._dataset_ids[True].values()
+        things = np.array([entries[c].get("isthing", c in known) for c in self._categories], bool)
+        groups = {"": tallies, "_th": tallies[things], "_st": tallies[~things]}
+        by_group = {suffix: panoptic_quality(group) for suffix, group in groups.items()}
+        by_class = {
+            entries[category]["name"]: panoptic_quality(tallies[number - 1 : number])
+            for category, number in self._categories.items()
         }
-        by_class = {c["name"]: panoptic_quality([tallies[c["id"]]]) for c in categories}
-        _log(
-            "Panoptic quality",
-            dict(zip(("All", "Things", "Stuff"), by_group.values(), strict=True)),
-        )
-        seen = {name: row for name, row in by_class.items() if row["PQ"] == row["PQ"]}
-        _log("Panoptic quality of each class", seen)
+        rows = [*zip(("All", "Things", "Stuff"), by_group.values(), strict=True), *by_class.items()]
+        lines = [[name, *row.values()] for name, row in rows if row["PQ"] == row["PQ"]]
+        headers = ["", *by_group[""]]
+        logger.info("Panoptic quality:\n%s", tabulate(lines, headers, "pipe", ".3f"))
         return {
             **{name + suffix: v for suffix, row in by_group.items() for name, v in row.items()},
             **{f"PQ-{name}": row["PQ"] for name, row in by_class.items()},
@@ -281,21 +262,7 @@ def _segments_of(
     ]
 
 
-def _inverse(mapping: dict[Any, int]) -> dict[int, Any]:
-    return {value: key for key, value in mapping.items()}
-
-
 def _stem(annotation: Annotation) -> str:
     """Path of the PNG without its ending, kept inside the folder of the predictions."""
     path = PurePosixPath(annotation["file_name"]).with_suffix("")
     return str(PurePosixPath(*(part for part in path.parts if part not in ("/", ".."))))
-
-
-def _log(title: str, rows: dict[str, dict[str, float]]) -> None:
-    table = tabulate(
-        [[name, *row.values()] for name, row in rows.items()],
-        ["", "PQ", "SQ", "RQ"],
-        tablefmt="pipe",
-        floatfmt=".3f",
-    )
-    logger.info("%s:\n%s", title, table)

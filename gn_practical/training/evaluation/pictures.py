@@ -34,11 +34,10 @@ _BAR = 32
 class PictureEvaluator(DatasetEvaluator):
     """Draw the first predictions beside the ground truth; it measures nothing.
 
-    It rides along with other evaluators in their pass over the data. Panoptic segments are drawn
-    where the model predicts them, else instances, else semantic classes. Each picture is written
-    to ``output_dir/<image>.png`` and, during training, put into the ``EventStorage``
-    ("pictures/<image>"), from where it reaches TensorBoard. Only the main rank draws, of its own
-    images. What goes wrong here is logged as a warning and never stops an evaluation.
+    Panoptic segments are drawn where the model predicts them, else instances, else semantic
+    classes. Each picture is written to ``output_dir/<image>.png`` and, during training, put into
+    the ``EventStorage`` ("pictures/<image>"), from where it reaches TensorBoard. The main rank
+    alone draws, of its own images. What goes wrong is a warning and never stops an evaluation.
 
     Args:
         dataset_name: a registered data set.
@@ -66,12 +65,7 @@ class PictureEvaluator(DatasetEvaluator):
         self._names: set[str] = set()
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Draw what is still to be drawn.
-
-        Args:
-            inputs: dicts with "file_name" and "image_id".
-            outputs: dicts with "panoptic_seg", "instances" or "sem_seg".
-        """
+        """Draw what is still to be drawn, "panoptic_seg", "instances" or "sem_seg"."""
         for image, output in zip(inputs, outputs, strict=True):
             if self._remaining == 0:
                 return

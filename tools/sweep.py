@@ -75,7 +75,12 @@ def main() -> int:
     from pathlib import Path
 
     from gn_practical.training.engine.run import one_clear_error
-    from gn_practical.training.sweep import describe, read_plan, report, run_all
+
+    try:
+        from gn_practical.training.sweep import describe, read_plan, report, run_all
+    except ModuleNotFoundError as error:
+        what = f"a sweep must find its packages, got no {error.name}."
+        sys.exit(f"error: {what} pip install 'gn_practical[experiments]'")
 
     output = args.output or f"output/sweeps/{Path(args.sweep_file).stem}"
     with one_clear_error():

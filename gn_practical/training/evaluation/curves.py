@@ -17,21 +17,15 @@ from gn_practical.training.evaluation.results import flat_results
 
 Series = tuple[list[int], list[float]]
 
+_SMOOTHED = " (pale: as written, strong: smoothed)"
 _LOSS = r"(.*/)?(loss|total_loss)[^/]*$"  # how the names of losses begin, behind a "model/"
 
 
 def read_metrics(path: str) -> dict[str, Series]:
-    """Read Detectron2's ``metrics.json`` (one JSON object a line).
+    """Read Detectron2's ``metrics.json``: scalar name → its iterations and values, ascending.
 
-    A line that was cut off is left out. Where training began again at an earlier iteration, what
-    the first run had written from there on is dropped.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Scalar name → its iterations and values, in ascending order; values that are not finite
-        are left out.
+    A line that was cut off is left out, and values that are not finite. Where training began again
+    at an earlier iteration, what the first run had written from there on is dropped.
 
     Raises:
         ValueError: if there is no such file, or no record in it.
@@ -65,10 +59,6 @@ def plot_metrics(metrics_json_path: str, output_png: str) -> None:
     The tasks and metrics are those of ``results.json`` in the same folder; those of single classes
     are left out. A task that was evaluated once has bars.
 
-    Args:
-        metrics_json_path: ``metrics.json`` in a run's OUTPUT_DIR.
-        output_png: the picture to write.
-
     Raises:
         ValueError: as :func:`read_metrics`.
 
@@ -77,9 +67,9 @@ def plot_metrics(metrics_json_path: str, output_png: str) -> None:
     """
     series = read_metrics(metrics_json_path)
     panels = [
-        ("training loss (pale: as written, strong: smoothed)", _draw_losses, _named(series, _LOSS)),
+        (f"training loss{_SMOOTHED}", _draw_smoothed, _named(series, _LOSS)),
         ("learning rate", _draw_lines, _named(series, "lr$")),
-        ("training error (smoothed)", _draw_smoothed, _named(series, "train_error$")),
+        (f"training error{_SMOOTHED}", _draw_smoothed, _named(series, "train_error$")),
     ]
     for task, curves in _evaluated(series, metrics_json_path).items():
         once = all(len(values) == 1 for _, values in curves.values())
@@ -124,18 +114,14 @@ def _draw(panels: list[tuple[str, Callable[..., None], dict[str, Series]]], path
     figure.savefig(path, dpi=110)
 
 
-def _draw_losses(axes: Axes, curves: dict[str, Series]) -> None:
+def _draw_smoothed(axes: Axes, curves: dict[str, Series]) -> None:
     order = sorted(curves, key=lambda name: (name != "total_loss", name))
     for index, name in enumerate(order):
         iterations, values = curves[name]
-        color = "black" if name == "total_loss" else f"C{index - 1}"
+        color = "black" if index == 0 else f"C{index - 1}"
         axes.plot(iterations, values, color=color, alpha=0.35, linewidth=0.8)
         axes.plot(iterations, smooth(values), color=color, label=name, linewidth=1.6)
     _from_zero(axes)
-
-
-def _draw_smoothed(axes: Axes, curves: dict[str, Series]) -> None:
-    _draw_lines(axes, {name: (steps, smooth(values)) for name, (steps, values) in curves.items()})
 
 
 def _draw_lines(axes: Axes, curves: dict[str, Series]) -> None:

@@ -37,14 +37,9 @@ def flat_results(
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """Lay out the main metrics, one table a task and no line above 100 characters.
+    """Lay out the main metrics in Markdown, one table a task and no line above 100 characters.
 
-    Args:
-        results: as for :func:`flat_results`.
-
-    Returns:
-        Markdown tables, one row a data set; "-" where a metric cannot be computed. An empty string
-        if there is no metric.
+    A row is a data set, "-" a metric that cannot be computed; no metric gives an empty text.
 
     Example:
         >>> print(results_table({"bbox": {"AP": 40.7, "AP50": 61.2, "AP75": 44.6}}))
@@ -62,12 +57,9 @@ def results_table(results: dict[str, Any]) -> str:
 
 
 def write_results(results: dict[str, Any] | list[Any], path: str) -> None:
-    """Write results as strict JSON, all at once: a reader never sees half a file.
+    """Write results, any dicts and lists, as strict JSON: NaN and infinity become null.
 
-    Args:
-        results: as for :func:`flat_results`, or any of dicts and lists; NaN and infinity become
-            null.
-        path: the file; its folder is made.
+    The file is written all at once, a reader never sees half of it; its folder is made.
 
     Example:
         >>> write_results({"bbox": {"AP": float("nan")}}, "output/results.json")  # doctest: +SKIP

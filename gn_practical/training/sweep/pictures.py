@@ -23,16 +23,7 @@ _UNITS = (  # by the end of a metric's name
 
 
 def draw_pictures(plan: Plan, rows: list[Row], output: str) -> list[str]:
-    """Draw ``curves.png`` and one picture for each of the plan's ``pictures``.
-
-    Args:
-        plan: of the sweep.
-        rows: from :func:`gn_practical.training.sweep.summarize`.
-        output: the folder.
-
-    Returns:
-        The paths of what was drawn.
-    """
+    """Draw ``curves.png`` and the plan's ``pictures`` of the summary's rows; return their paths."""
     paths = [os.path.join(output, "curves.png")]
     _draw_curves(plan, paths[0])
     for picture in plan.pictures:

@@ -12,7 +12,7 @@ import yaml
 from gn_practical.training.config.overrides import override_pairs
 
 _REQUIRED = ("tool", "config", "axes", "seeds", "metrics")
-_OPTIONAL = ("overrides", "baseline", "pictures", "labels")
+_OPTIONAL: dict[str, Any] = {"overrides": {}, "baseline": {}, "pictures": [], "labels": {}}
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,9 @@ class Plan:
     runs: list[Run]
 
     def only(self, words: Sequence[str]) -> "Plan":
-        """Return the plan with those runs alone whose settings are named.
+        """Return the plan with those runs alone whose settings are named by "axis=label".
 
-        Args:
-            words: "axis=label"; several of one axis are all taken, an axis that none names whole.
+        Several labels of one axis are all taken, an axis that none names is taken whole.
 
         Raises:
             ValueError: for an axis or a label that there is not.
@@ -107,25 +106,20 @@ def read_plan(path: str, output: str, opts: Sequence[str] = (), seeds: Sequence[
         True
     """
     content = _load(path)
-    axes = {name: _values(path, name, axis) for name, axis in content["axes"].items()}
-    common = {**content.get("overrides", {}), **override_pairs(opts)}
-    plan = Plan(
-        path=path,
-        tool=os.path.normpath(os.path.join(os.path.dirname(path), content["tool"])),
-        config=os.path.normpath(os.path.join(os.path.dirname(path), content["config"])),
-        axes={name: list(axis) for name, axis in axes.items()},
-        seeds=list(seeds) or content["seeds"],
-        metrics=content["metrics"],
-        baseline={k: str(v) for k, v in content.get("baseline", {}).items()},
-        pictures=content.get("pictures", []),
-        labels=content.get("labels", {}),
-        runs=[],
-    )
-    for seed in plan.seeds:  # seed by seed: every setting has a result early on
+    axes = {name: _values(path, name, axis) for name, axis in content.pop("axes").items()}
+    common = {**content.pop("overrides"), **override_pairs(opts)}
+    for key in ("tool", "config"):
+        content[key] = os.path.normpath(os.path.join(os.path.dirname(path), content[key]))
+    content["seeds"] = list(seeds) or content["seeds"]
+    content["baseline"] = {axis: str(label) for axis, label in content["baseline"].items()}
+    runs = []
+    for seed in content["seeds"]:  # seed by seed: every setting has a result early on
         for choice in itertools.product(*(axis.items() for axis in axes.values())):
             setting = dict(zip(axes, (label for label, _ in choice), strict=True))
             overrides = {**common, **dict(itertools.chain(*(o.items() for _, o in choice)))}
-            plan.runs.append(_run(setting, seed, overrides, output))
+            runs.append(_run(setting, seed, overrides, output))
+    labels = {name: list(axis) for name, axis in axes.items()}
+    plan = Plan(path=path, axes=labels, runs=runs, **content)
     _check(plan)
     return plan
 
@@ -145,7 +139,7 @@ def _load(path: str) -> dict[str, Any]:
             f"a sweep must have the keys {', '.join(_REQUIRED)} and may have "
             f"{', '.join(_OPTIONAL)}, got {path} without {missing} and with unknown {unknown}."
         )
-    return content
+    return {**_OPTIONAL, **content}
 
 
 def _values(path: str, name: str, axis: Any) -> dict[str, dict[str, Any]]:
@@ -185,11 +179,9 @@ def _check(plan: Plan) -> None:
         plan.check("x", picture["x"])
     for axis, label in plan.baseline.items():
         plan.check("baseline", axis, label)
-    for name in plan.labels:
-        if name not in plan.metrics:
-            plan.check("a label", name)
-    folders = [run.folder for run in plan.runs]
-    if len(set(folders)) != len(folders):
+    for name in set(plan.labels) - set(plan.metrics):
+        plan.check("a label", name)
+    if len({run.folder for run in plan.runs}) < len(plan.runs):
         raise ValueError(
             f"labels and seeds must differ in letters and digits, got {plan.path} with two runs of "
             "one folder. Rename a label or drop a seed."

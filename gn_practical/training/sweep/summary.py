@@ -56,9 +56,6 @@ def summarize(plan: Plan) -> list[Row]:
     The metric "train_loss" is the mean of ``total_loss`` over the last twentieth of the iterations;
     any other is looked up in ``results.json``.
 
-    Args:
-        plan: from :func:`gn_practical.training.sweep.read_plan`.
-
     Raises:
         ValueError: if a finished run has no such metric, with those that it has.
     """
@@ -81,7 +78,7 @@ def summarize(plan: Plan) -> list[Row]:
     return rows
 
 
-def results_markdown(plan: Plan, rows: list[Row]) -> str:
+def _markdown(plan: Plan, rows: list[Row]) -> str:
     """The table for people: mean ± standard deviation (number of seeds), difference, p."""
     headers = [*plan.axes]
     for metric in plan.metrics:
@@ -100,9 +97,10 @@ def results_markdown(plan: Plan, rows: list[Row]) -> str:
     return f"{table}\n\n{_legend(plan, rows)}\n"
 
 
-def write_tables(plan: Plan, rows: list[Row], output: str) -> None:
-    """Write ``results.md``, ``results.csv`` (one line a run) and ``results.json``."""
-    Path(output, "results.md").write_text(results_markdown(plan, rows), encoding="utf-8")
+def write_tables(plan: Plan, rows: list[Row], output: str) -> str:
+    """Write ``results.md``, ``results.csv`` (one line a run), ``results.json``; return the table."""
+    markdown = _markdown(plan, rows)
+    Path(output, "results.md").write_text(markdown, encoding="utf-8")
     with open(os.path.join(output, "results.csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*plan.axes, "seed", *plan.metrics])
@@ -119,6 +117,7 @@ def write_tables(plan: Plan, rows: list[Row], output: str) -> None:
         for row in rows
     ]
     write_results({"rows": content}, os.path.join(output, "results.json"))
+    return markdown
 
 
 def _value(run: Run, metric: str) -> float:

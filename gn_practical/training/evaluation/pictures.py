@@ -102,11 +102,13 @@ class PictureEvaluator(DatasetEvaluator):
         elif "instances" in output:
             instances = output["instances"].to("cpu")
             kept = instances[instances.scores >= self._min_score]
-            truth.draw_dataset_dict({"annotations": self._record(image).get("annotations")})
+            record = self._records[image["file_name"]]
+            truth.draw_dataset_dict({"annotations": record.get("annotations")})
             prediction.draw_instance_predictions(kept)
             title += f": score >= {self._min_score:g} ({len(kept)} of {len(instances)})"
         else:
-            truth.draw_sem_seg(read_label_image(self._record(image)["sem_seg_file_name"]))
+            record = self._records[image["file_name"]]
+            truth.draw_sem_seg(read_label_image(record["sem_seg_file_name"]))
             prediction.draw_sem_seg(output["sem_seg"].argmax(dim=0).cpu())
         panels = [visualizer.get_output().get_image() for visualizer in (prediction, truth)]
         return _side_by_side(panels, [title, "ground truth"])
@@ -126,9 +128,6 @@ class PictureEvaluator(DatasetEvaluator):
             }
             for segment in annotation["segments_info"]
         ]
-
-    def _record(self, image: dict) -> dict:
-        return self._records[image["file_name"]]
 
     def _save(self, image_file: str, picture: np.ndarray) -> None:
         name = unused(os.path.splitext(os.path.basename(image_file))[0], self._names)

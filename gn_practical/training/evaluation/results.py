@@ -1,5 +1,6 @@
 """The numbers of an evaluation, as tables and as a file."""
 
+import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -64,7 +65,9 @@ def write_results(results: dict[str, Any] | list[Any], path: str) -> None:
     Example:
         >>> write_results({"bbox": {"AP": float("nan")}}, "output/results.json")  # doctest: +SKIP
     """
-    write_json(path, _strict(results), indent=2, allow_nan=False)
+    # float is for NumPy's scalars and zero-dimensional tensors; NaN and infinity are constants.
+    plain = json.loads(json.dumps(results, default=float), parse_constant=lambda _: None)
+    write_json(path, plain, indent=2, allow_nan=False)
 
 
 def _tables(task: str, rows: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -90,14 +93,3 @@ def _cell(value: Any) -> str:
         return f"{value:.3f}" if math.isfinite(value) else "-"
     except (TypeError, ValueError):  # None, or a text
         return "-" if value is None else str(value)
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    if isinstance(value, (str, int)) or value is None:  # a bool is an int
-        return value
-    number = float(value)  # NumPy scalars and zero-dimensional tensors too
-    return number if math.isfinite(number) else None

@@ -17,19 +17,12 @@ _OPTIONAL: dict[str, Any] = {"overrides": {}, "baseline": {}, "pictures": [], "l
 
 @dataclass(frozen=True)
 class Run:
-    """One training run of a sweep.
+    """One training run of a sweep."""
 
-    Attributes:
-        setting: axis → label of its value.
-        seed: the value of ``SEED``.
-        overrides: ``KEY``, ``VALUE`` in turn, without SEED and OUTPUT_DIR.
-        folder: its ``OUTPUT_DIR``.
-    """
-
-    setting: dict[str, str]
-    seed: int
-    overrides: tuple[str, ...]
-    folder: str
+    setting: dict[str, str]  # axis → label of its value
+    seed: int  # the value of SEED
+    overrides: tuple[str, ...]  # KEY, VALUE in turn, without SEED and OUTPUT_DIR
+    folder: str  # its OUTPUT_DIR
 
     @property
     def name(self) -> str:

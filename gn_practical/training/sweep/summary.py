@@ -22,23 +22,14 @@ _LAST = 0.05  # share of the schedule over which the training loss is averaged
 
 @dataclass(frozen=True)
 class Cell:
-    """One metric of one setting.
+    """One metric of one setting; what has too few seeds is NaN."""
 
-    Attributes:
-        by_seed: seed → value, of the finished runs that have one.
-        mean: over seeds; NaN without any.
-        std: over seeds, with n - 1; NaN with fewer than two.
-        difference: mean difference to the baseline's value of the same seed; NaN without pairs.
-        difference_std: its standard deviation over seeds.
-        p_value: of the paired t-test, two-sided; NaN with fewer than two pairs.
-    """
-
-    by_seed: dict[int, float]
+    by_seed: dict[int, float]  # of the finished runs
     mean: float
-    std: float
-    difference: float
+    std: float  # with n - 1
+    difference: float  # mean over seeds, to the baseline's value of the same seed
     difference_std: float
-    p_value: float
+    p_value: float  # of the paired t-test, two-sided
 
 
 @dataclass(frozen=True)
@@ -98,7 +89,7 @@ def _markdown(plan: Plan, rows: list[Row]) -> str:
 
 
 def write_tables(plan: Plan, rows: list[Row], output: str) -> str:
-    """Write ``results.md``, ``results.csv`` (one line a run), ``results.json``; return the table."""
+    """Write ``results.md``, ``results.csv`` (one line a run), ``results.json``; return the text."""
     markdown = _markdown(plan, rows)
     Path(output, "results.md").write_text(markdown, encoding="utf-8")
     with open(os.path.join(output, "results.csv"), "w", newline="", encoding="utf-8") as file:

@@ -15,16 +15,11 @@ _WIDTH = 100  # of the tables, in characters
 def flat_results(
     results: dict[str, Any], task: str = "", with_classes: bool = False
 ) -> Iterator[tuple[str, str, Any]]:
-    """Go through the metrics of an evaluation.
+    """Go through the metrics of an evaluation, as (task, metric, value).
 
-    Args:
-        results: task → metric → value, as Detectron2's evaluators return it, or data set → task →
-            metric → value where several data sets were evaluated.
-        task: under which the results stand.
-        with_classes: also metrics of single classes, told by a hyphen as in "AP-person".
-
-    Returns:
-        Tuples (task, metric, value), with "data set/task" where there are several data sets.
+    Results are task → metric → value, as Detectron2's evaluators return them, or data set → task →
+    metric → value, whose task is then "data set/task". Metrics of single classes, told by a hyphen
+    as in "AP-person", are left out unless ``with_classes``.
 
     Example:
         >>> list(flat_results({"val": {"bbox": {"AP": 40.7, "AP-person": 50.0}}}))

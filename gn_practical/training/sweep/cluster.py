@@ -35,15 +35,8 @@ def submit_all(
 
     A job that reaches its time limit, or is preempted, saves, and comes back in the queue. Scripts
     and logs of the jobs are in ``jobs`` in the folder of the sweep. Where it has waited until all
-    jobs have ended, the runs that failed are returned.
-
-    Args:
-        plan: of the sweep.
-        output: the folder of the sweep.
-        cluster: "slurm", or "local" for submitit's processes on this machine, to try it out.
-        num_gpus: GPUs of each run, on one node.
-        options: of ``sbatch``, as "partition=gpu" or "time=12:00:00".
-        wait: until all jobs have ended.
+    jobs have ended, the runs that failed are returned. The cluster "local" is submitit's processes
+    on this machine, to try it out; options are of ``sbatch``, as "time=12:00:00".
 
     Raises:
         ValueError: if there is no SLURM, or an option is not OPTION=VALUE; and as ``run_all``.

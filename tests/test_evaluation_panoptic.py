@@ -15,9 +15,7 @@ from PIL import Image
 
 from gn_practical.training.data.coco_format import id_to_rgb, rgb_to_id
 from gn_practical.training.evaluation import PanopticEvaluator
-from gn_practical.training.evaluation.panoptic import (
-    panoptic_quality,
-)
+from gn_practical.training.evaluation.panoptic import panoptic_quality
 
 HEIGHT, WIDTH = 40, 56
 CATEGORIES = [
@@ -449,4 +447,4 @@ def test_segment_ids_survive_the_png_code():
 
 
 def test_no_class_at_all_is_nan():
-    assert all(math.isnan(value) for value in panoptic_quality([np.zeros(4)]).values())
+    assert all(math.isnan(value) for value in panoptic_quality(np.zeros((1, 4))).values())

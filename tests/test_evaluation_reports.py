@@ -32,7 +32,7 @@ from gn_practical.training.evaluation import (
     write_results,
 )
 from gn_practical.training.evaluation.curves import read_metrics
-from gn_practical.training.evaluation.segments import class_color, draw_segments, segment_text
+from gn_practical.training.evaluation.pictures import with_colors
 
 __all__ = ["register"]  # a fixture
 
@@ -286,7 +286,7 @@ def test_picture_of_semantic_classes(register, tmp_path):
 def test_a_picture_that_fails_is_a_warning(register, tmp_path, caplog):
     name, inputs = register([random_truth(np.random.default_rng(0))])
     evaluator = PictureEvaluator(name, str(tmp_path / "pictures"))
-    evaluator.process(inputs, [{"panoptic_seg": (torch.zeros(40, 56), [{"id": 1}])}])
+    evaluator.process(inputs, [{"panoptic_seg": (torch.ones(40, 56), [{"id": 1}])}])
     evaluator.evaluate()
     assert "No picture of" in caplog.text
     assert not (tmp_path / "pictures").exists()
@@ -307,22 +307,28 @@ def test_pictures_of_images_of_one_name_do_not_collide(register, tmp_path):
     assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["1.png", "1_2.png"]
 
 
-def test_drawing_leaves_the_random_state_alone():
-    metadata = Metadata(thing_classes=["cat"], stuff_classes=["things", "sky"])
-    ids = np.repeat([[1, 2]], 8, axis=0).repeat(8, axis=1)
-    thing = {"category_id": 0, "isthing": True, "score": 0.9, "mask": ids == 1}
-    stuff = {"category_id": 1, "isthing": False, "mask": ids == 2}
-    before = np.random.get_state()[1].copy()
-    draw_segments(np.zeros((8, 16, 3), np.uint8), [thing, stuff], metadata, width=128)
-    np.testing.assert_array_equal(before, np.random.get_state()[1])
-    assert [segment_text(s, metadata) for s in (thing, stuff)] == ["cat 90%", "sky"]
-    crowd = {"category_id": 5, "isthing": True, "iscrowd": 1}
-    assert segment_text(crowd, metadata) == "class 5 (crowd)"
+def test_drawing_leaves_the_random_state_alone(register, tmp_path):
+    truth = random_truth(np.random.default_rng(0))
+    name, inputs = register([truth])
+    grey_images(inputs)
+    pictures = []
+    for seed in (1, 2):
+        np.random.seed(seed)
+        before = np.random.get_state()[1].copy()
+        evaluator = PictureEvaluator(name, str(tmp_path / "pictures"))
+        evaluator.process(inputs, [panoptic_output(*truth)])
+        np.testing.assert_array_equal(before, np.random.get_state()[1])
+        pictures.append(np.array(Image.open(tmp_path / "pictures" / "001.png")))
+    np.testing.assert_array_equal(*pictures)
 
 
 def test_classes_without_colours_get_distinct_ones():
-    colors = {class_color(Metadata(), i, is_thing) for i in range(10) for is_thing in (0, 1)}
-    assert len(colors) == 20
+    classes = [str(i) for i in range(10)]
+    metadata = with_colors(Metadata(thing_classes=classes, stuff_classes=classes))
+    assert len({tuple(c) for c in [*metadata.thing_colors, *metadata.stuff_colors]}) == 20
+    own = with_colors(Metadata(thing_classes=classes, thing_colors=[(1, 2, 3)])).thing_colors
+    assert own[0] == (1, 2, 3)
+    assert len(own) == 10
 
 
 # ---- the choice of evaluators ----

@@ -204,6 +204,15 @@ def test_seeds_that_are_no_numbers_are_told(monkeypatch, capsys):
     assert "argument --seeds: must be numbers as 1,2,3, got '1,x'" in capsys.readouterr().err
 
 
+def test_packages_that_are_missing_are_told(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("gn_practical.training.sweep")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--sweep-file", "a.yaml"])
+    with pytest.raises(SystemExit, match=r"got no scipy\. pip install .*experiments"):
+        tool().main()
+
+
 def in_another_process(plan, output, **options):
     """Start ``run_all`` in a process; return when two runs are finished and two are running."""
     process = multiprocessing.get_context("fork").Process(

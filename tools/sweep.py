@@ -24,36 +24,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sweep-file", required=True, metavar="FILE", help="see configs/sweeps")
     parser.add_argument("--output", metavar="DIR", help="(default: output/sweeps/<name of FILE>)")
     parser.add_argument("--seeds", type=_seeds, default=(), help="as 1,2,3, in place of the file's")
-    parser.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="AXIS=LABEL",
-        help="run this setting alone; may be repeated. The table shows all",
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=0, help="runs at once (default: all GPUs or cores)"
-    )
+    many = {"action": "append", "default": []}
+    text = "run this setting alone; may be repeated. The table shows all"
+    parser.add_argument("--only", **many, metavar="AXIS=LABEL", help=text)
+    parser.add_argument("--jobs", type=int, default=0, help="at once (default: all GPUs or cores)")
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs, or CPU processes, of a run")
-    parser.add_argument(
-        "--keep-going",
-        action="store_true",
-        help="start all runs, also after the first three failed for the same reason",
+    text = "start all runs, also after the first three failed for the same reason"
+    parser.add_argument("--keep-going", action="store_true", help=text)
+    text = "this machine (default), a job of SLURM for each run, or these jobs as processes here"
+    executors = ("local", "slurm", "submitit-local")
+    parser.add_argument("--executor", choices=executors, default="local", help=text)
+    text = (
+        "any option of sbatch; may be repeated: --slurm partition=gpu --slurm time=12:00:00 "
+        "(default: 24 hours, and a job that is longer comes back in the queue)"
     )
-    parser.add_argument(
-        "--executor",
-        choices=("local", "slurm", "submitit-local"),
-        default="local",
-        help="this machine (default), a job of SLURM for each run, or these jobs as processes here",
-    )
-    parser.add_argument(
-        "--slurm",
-        action="append",
-        default=[],
-        metavar="OPTION=VALUE",
-        help="any option of sbatch; may be repeated: --slurm partition=gpu --slurm time=12:00:00 "
-        "(default: 24 hours, and a job that is longer comes back in the queue)",
-    )
+    parser.add_argument("--slurm", **many, metavar="OPTION=VALUE", help=text)
     parser.add_argument("--wait", action="store_true", help="for the jobs of SLURM to end")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and do nothing")
     parser.add_argument("--report", action="store_true", help="only the table of what is finished")
@@ -75,7 +60,12 @@ def main() -> int:
     from pathlib import Path
 
     from gn_practical.training.engine.run import one_clear_error
-    from gn_practical.training.sweep import describe, read_plan, report, run_all
+
+    try:
+        from gn_practical.training.sweep import describe, read_plan, report, run_all
+    except ModuleNotFoundError as error:
+        what = f"a sweep must find its packages, got no {error.name}."
+        sys.exit(f"error: {what} pip install 'gn_practical[experiments]'")
 
     output = args.output or f"output/sweeps/{Path(args.sweep_file).stem}"
     with one_clear_error():

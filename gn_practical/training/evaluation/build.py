@@ -25,14 +25,11 @@ def build_evaluator(
 
     "coco": AP. "sem_seg": mIoU. "coco_panoptic_seg": mIoU, AP and PQ, as far as the model predicts
     them. "lvis", "cityscapes_instance", "cityscapes_sem_seg", "pascal_voc": Detectron2's own
-    evaluators. With ``cfg.TEST.NUM_PICTURES``, pictures are drawn in the same pass, to
-    ``cfg.OUTPUT_DIR/pictures``. Of several data sets in ``cfg.DATASETS.TEST``, each has a
-    sub-folder of its own.
+    evaluators. With ``cfg.TEST.NUM_PICTURES``, pictures are drawn in the same pass.
 
-    Args:
-        cfg: config of the run.
-        dataset_name: a registered data set.
-        output_dir: folder for predictions; ``cfg.OUTPUT_DIR/inference`` if None.
+    Pictures go to ``cfg.OUTPUT_DIR/pictures``, predictions to ``output_dir``, by default
+    ``cfg.OUTPUT_DIR/inference``. Of several data sets in ``cfg.DATASETS.TEST``, each has a
+    sub-folder of its own in these two of ``cfg.OUTPUT_DIR``.
 
     Raises:
         ValueError: if the metadata has no ``evaluator_type``, or an unknown one.

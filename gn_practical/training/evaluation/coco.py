@@ -3,7 +3,6 @@
 import contextlib
 import io
 import itertools
-import json
 import logging
 import os
 from collections import OrderedDict
@@ -23,6 +22,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
+from gn_practical.training.atomic import write_json
 from gn_practical.training.data.coco_format import read_json
 from gn_practical.training.evaluation.ids import check_predicted_once, dataset_class, numbered
 
@@ -75,11 +75,9 @@ class CocoEvaluator(DatasetEvaluator):
     ) -> None:
         self._path = _annotation_file(dataset_name, output_dir)
         content = read_json(PathManager.get_local_path(self._path))
-        self._images = numbered((i["id"] for i in content["images"]), f"images in {self._path}")
         names = {c["id"]: c["name"] for c in content["categories"]}
-        self._categories = numbered(
-            (c["id"] for c in content["categories"]), f"categories in {self._path}"
-        )
+        self._images = self._numbered(content, "images")
+        self._categories = self._numbered(content, "categories")
         self._class_names = [names[category] for category in self._categories]
         known = MetadataCatalog.get(dataset_name).get("thing_dataset_id_to_contiguous_id")
         self._dataset_ids = {v: k for k, v in known.items()} if known else {c: c for c in names}
@@ -98,12 +96,7 @@ class CocoEvaluator(DatasetEvaluator):
         self._tasks: set[str] = set()
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Keep the instances of a batch.
-
-        Args:
-            inputs: dicts with "image_id".
-            outputs: dicts with "instances"; others are passed over.
-        """
+        """Keep the "instances" of a batch by "image_id"; outputs without are passed over."""
         for image, output in zip(inputs, outputs, strict=True):
             if "instances" in output:
                 instances = output["instances"].to("cpu")
@@ -125,31 +118,45 @@ class CocoEvaluator(DatasetEvaluator):
             {**d, "category_id": dataset_class(d["category_id"], self._dataset_ids, self._of)}
             for d in itertools.chain.from_iterable(p["instances"] for p in predictions)
         ]
-        self._write(predictions, detections)
+        if self._output_dir is not None:
+            path = os.path.join(self._output_dir, "coco_instances_results.json")
+            write_json(path, detections)
+            torch.save(predictions, os.path.join(self._output_dir, "instances_predictions.pth"))
+            logger.info("Detections saved to %s", path)
         if not self._has_truth:
             logger.info("No AP: %s has no annotations", self._path)
             return OrderedDict()
         if not detections:
             logger.warning("The model detected nothing: AP is 0")
+        for detection in detections:
+            detection["image_id"] = self._images[detection["image_id"]]
+            detection["category_id"] = self._categories[detection["category_id"]]
         tasks = self._annotated_tasks(set().union(*(tasks for _, tasks in gathered)))
         return OrderedDict((task, self._evaluate(task, detections)) for task in tasks)
+
+    def _numbered(self, content: dict[str, Any], entries: str) -> dict[Any, int]:
+        return numbered((entry["id"] for entry in content[entries]), f"{entries} in {self._path}")
 
     def _numbered_content(self, content: dict[str, Any]) -> dict[str, Any]:
         """Return the annotations that pycocotools counts, in place, under their numbers."""
         for image in content["images"]:
             sizes = {key: int(image[key]) for key in ("height", "width") if image.get(key)}
             image |= {"id": self._images[image["id"]], **sizes}
-        categories = [{"id": number} for number in self._categories.values()]
-        kept = [
+        content["annotations"] = [
             a
             for a in content.get("annotations", [])
             if a["image_id"] in self._images and a["category_id"] in self._categories
         ]
-        numbers = numbered((a["id"] for a in kept), f"annotations in {self._path}")
+        numbers = self._numbered(content, "annotations")
         if 0 in numbers:
             logger.info("The annotation with id 0 counts; pycocotools itself would never match it")
-        for annotation in kept:
-            self._check_box(annotation)
+        for annotation in content["annotations"]:
+            box = annotation.get("bbox")
+            if not isinstance(box, list) or [isinstance(x, int | float) for x in box] != [True] * 4:
+                raise ValueError(
+                    f"A bbox in {self._path} must be [x, y, width, height], got bbox={box!r} in "
+                    f"annotation {annotation['id']!r}. Correct the file."
+                )
             annotation |= {
                 "id": numbers[annotation["id"]],
                 "image_id": self._images[annotation["image_id"]],
@@ -157,32 +164,8 @@ class CocoEvaluator(DatasetEvaluator):
                 "iscrowd": int(bool(annotation.get("iscrowd"))),
             }
             if annotation.get("area") is None:
-                annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
-        return {"images": content["images"], "categories": categories, "annotations": kept}
-
-    def _check_box(self, annotation: dict[str, Any]) -> None:
-        box = annotation.get("bbox")
-        if not (
-            isinstance(box, list)
-            and len(box) == 4
-            and all(isinstance(x, (int, float)) for x in box)
-        ):
-            raise ValueError(
-                f"A bbox in {self._path} must be [x, y, width, height], got bbox={box!r} in "
-                f"annotation {annotation['id']!r}. Correct the file."
-            )
-
-    def _write(self, predictions: list[dict], detections: list[dict]) -> None:
-        if self._output_dir is None:
-            return
-        PathManager.mkdirs(self._output_dir)
-        path = os.path.join(self._output_dir, "instances_predictions.pth")
-        with PathManager.open(path, "wb") as file:
-            torch.save(predictions, file)
-        path = os.path.join(self._output_dir, "coco_instances_results.json")
-        with PathManager.open(path, "w") as file:
-            json.dump(detections, file)
-        logger.info("Detections saved to %s", path)
+                annotation["area"] = box[2] * box[3]
+        return {**content, "categories": [{"id": n} for n in self._categories.values()]}
 
     def _annotated_tasks(self, predicted: set[str]) -> list[str]:
         annotations = self._truth.dataset["annotations"]
@@ -193,13 +176,28 @@ class CocoEvaluator(DatasetEvaluator):
         return [task for task in tasks if task not in absent]
 
     def _evaluate(self, task: str, detections: list[dict]) -> dict[str, float]:
-        evaluator, name = self._implementation(task)
+        evaluator, name = COCOeval, "pycocotools"
+        if self._use_fast_impl and task != "keypoints":
+            with contextlib.suppress(ImportError):
+                from faster_coco_eval import COCOeval_faster
+
+                evaluator, name = COCOeval_faster, "faster-coco-eval (the numbers of pycocotools)"
         logger.info("%s AP by %s", task, name)
+        # With a box, pycocotools would take the box's area for that of the mask.
+        left_out = "bbox" if task == "segm" else ""
+        found = [{k: v for k, v in d.items() if k != left_out} for d in detections]
         with contextlib.redirect_stdout(io.StringIO()):
-            evaluation = evaluator(self._truth, self._numbered_detections(task, detections), task)
+            # loadRes refuses an empty list
+            predicted = (
+                self._truth.loadRes(found)
+                if found
+                else _coco({**self._truth.dataset, "annotations": []})
+            )
+            evaluation = evaluator(self._truth, predicted, task)
             if task != "keypoints":
-                evaluation.params.maxDets = [min(n, self._max_dets) for n in (1, 10)]
-                evaluation.params.maxDets.append(self._max_dets)
+                evaluation.params.maxDets = [
+                    min(n, self._max_dets) for n in (1, 10, self._max_dets)
+                ]
             else:
                 self._set_sigmas(evaluation, detections)
             evaluation.evaluate()
@@ -218,53 +216,26 @@ class CocoEvaluator(DatasetEvaluator):
                 "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS and TEST.KEYPOINT_OKS_SIGMAS."
             )
 
-    def _implementation(self, task: str) -> tuple[type, str]:
-        if self._use_fast_impl and task != "keypoints":
-            with contextlib.suppress(ImportError):
-                from faster_coco_eval import COCOeval_faster
-
-                return COCOeval_faster, "faster-coco-eval (the numbers of pycocotools)"
-        return COCOeval, "pycocotools"
-
-    def _numbered_detections(self, task: str, detections: list[dict]) -> COCO:
-        if not detections:  # which loadRes refuses
-            return _coco({**self._truth.dataset, "annotations": []})
-        # With a box, pycocotools would take the box's area for that of the mask.
-        left_out = {"bbox"} if task == "segm" else set()
-        return self._truth.loadRes(
-            [
-                {
-                    **{key: value for key, value in detection.items() if key not in left_out},
-                    "image_id": self._images[detection["image_id"]],
-                    "category_id": self._categories[detection["category_id"]],
-                }
-                for detection in detections
-            ]
-        )
-
     def _summarize(self, task: str, evaluation: COCOeval) -> dict[str, float]:
-        # IoU threshold, recall, class, area, number of detections
+        # IoU threshold (0.5, 0.55, ..., 0.95), recall, class, area, number of detections
         precision = evaluation.eval["precision"][..., -1]
-        results = {name: _mean(precision[i, ..., 0]) for name, i in _THRESHOLDS.items()}
+        overall = precision[..., 0]
+        results = {"AP": _mean(overall), "AP50": _mean(overall[0]), "AP75": _mean(overall[5])}
         for index, label in enumerate(evaluation.params.areaRngLbl[1:], start=1):
             results[f"AP{label[0]}"] = _mean(precision[..., index])
         recall = evaluation.eval["recall"][:, :, 0]
+        recalls = [
+            f"{_mean(recall[..., i]):.3f} of {n}" for i, n in enumerate(evaluation.params.maxDets)
+        ]
         logger.info(
             "Results of %s:\n%s\nAverage recall by the number of detections in an image: %s",
-            *(task, create_small_table(results)),
-            ", ".join(
-                f"{_mean(recall[..., i]):.3f} of {n}"
-                for i, n in enumerate(evaluation.params.maxDets)
-            ),
+            *(task, create_small_table(results), ", ".join(recalls)),
         )
         if len(self._class_names) < 2:
             return results
-        rows = [(n, _mean(precision[:, :, k, 0])) for k, n in enumerate(self._class_names)]
+        rows = [(name, _mean(overall[:, :, k])) for k, name in enumerate(self._class_names)]
         logger.info("AP of each class:\n%s", tabulate(rows, ["class", "AP"], "pipe", ".3f"))
         return {**results, **{f"AP-{name}": value for name, value in rows}}
-
-
-_THRESHOLDS = {"AP": slice(None), "AP50": 0, "AP75": 5}  # of 0.5, 0.55, ..., 0.95
 
 
 def _mean(values: np.ndarray) -> float:

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,21 +17,15 @@ from gn_practical.training.evaluation.results import flat_results
 
 Series = tuple[list[int], list[float]]
 
-_LOSSES = ("loss", "total_loss")  # how the names of losses begin, behind a "model/"
+_SMOOTHED = " (pale: as written, strong: smoothed)"
+_LOSS = r"(.*/)?(loss|total_loss)[^/]*$"  # how the names of losses begin, behind a "model/"
 
 
 def read_metrics(path: str) -> dict[str, Series]:
-    """Read Detectron2's ``metrics.json`` (one JSON object a line).
+    """Read Detectron2's ``metrics.json``: scalar name → its iterations and values, ascending.
 
-    A line that was cut off is left out. Where training began again at an earlier iteration, what
-    the first run had written from there on is dropped.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Scalar name → its iterations and values, in ascending order; values that are not finite
-        are left out.
+    A line that was cut off is left out, and values that are not finite. Where training began again
+    at an earlier iteration, what the first run had written from there on is dropped.
 
     Raises:
         ValueError: if there is no such file, or no record in it.
@@ -48,7 +44,13 @@ def read_metrics(path: str) -> dict[str, Series]:
             records.setdefault(iteration, {}).update(record)
     if not records:
         raise ValueError(f"The metrics must hold a record, got none in path={path}. Train first.")
-    return _series(records)
+    series: dict[str, Series] = defaultdict(lambda: ([], []))
+    for iteration, record in sorted(records.items()):
+        for name, value in record.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                series[name][0].append(iteration)
+                series[name][1].append(value)
+    return dict(series)
 
 
 def plot_metrics(metrics_json_path: str, output_png: str) -> None:
@@ -57,10 +59,6 @@ def plot_metrics(metrics_json_path: str, output_png: str) -> None:
     The tasks and metrics are those of ``results.json`` in the same folder; those of single classes
     are left out. A task that was evaluated once has bars.
 
-    Args:
-        metrics_json_path: ``metrics.json`` in a run's OUTPUT_DIR.
-        output_png: the picture to write.
-
     Raises:
         ValueError: as :func:`read_metrics`.
 
@@ -68,12 +66,11 @@ def plot_metrics(metrics_json_path: str, output_png: str) -> None:
         >>> plot_metrics("output/metrics.json", "output/curves.png")  # doctest: +SKIP
     """
     series = read_metrics(metrics_json_path)
-    losses = {k: v for k, v in series.items() if k.rpartition("/")[2].startswith(_LOSSES)}
-    panels = [("training loss (pale: as written, strong: smoothed)", _draw_losses, losses)]
-    rates = {name: series[name] for name in ("lr",) if name in series}
-    panels.append(("learning rate", _draw_lines, rates))
-    errors = {name: series[name] for name in ("train_error",) if name in series}
-    panels.append(("training error (smoothed)", _draw_smoothed, errors))
+    panels = [
+        (f"training loss{_SMOOTHED}", _draw_smoothed, _named(series, _LOSS)),
+        ("learning rate", _draw_lines, _named(series, "lr$")),
+        (f"training error{_SMOOTHED}", _draw_smoothed, _named(series, "train_error$")),
+    ]
     for task, curves in _evaluated(series, metrics_json_path).items():
         once = all(len(values) == 1 for _, values in curves.values())
         panels.append((task, _draw_bars if once else _draw_lines, curves))
@@ -88,36 +85,27 @@ def _parse(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and "iteration" in record else None
 
 
-def _series(records: dict[int, dict[str, Any]]) -> dict[str, Series]:
-    series: dict[str, Series] = defaultdict(lambda: ([], []))
-    for iteration in sorted(records):
-        for name, value in records[iteration].items():
-            # NaN - NaN and inf - inf are NaN: only finite numbers pass
-            if isinstance(value, (int, float)) and value - value == 0:
-                series[name][0].append(iteration)
-                series[name][1].append(value)
-    return dict(series)
+def _named(series: dict[str, Series], pattern: str) -> dict[str, Series]:
+    return {name: curve for name, curve in series.items() if re.match(pattern, name)}
 
 
 def _evaluated(series: dict[str, Series], metrics_json_path: str) -> dict[str, dict[str, Series]]:
     """Task → metric → its curve, as far as ``results.json`` names them."""
-    path = os.path.join(os.path.dirname(metrics_json_path), "results.json")
+    path = Path(metrics_json_path).with_name("results.json")
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     tasks: dict[str, dict[str, Series]] = defaultdict(dict)
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            for task, metric, _ in flat_results(json.load(file)):
-                if f"{task}/{metric}" in series:
-                    tasks[task][metric] = series[f"{task}/{metric}"]
+    for task, metric, _ in flat_results(results):
+        if f"{task}/{metric}" in series:
+            tasks[task][metric] = series[f"{task}/{metric}"]
     return tasks
 
 
 def _draw(panels: list[tuple[str, Callable[..., None], dict[str, Series]]], path: str) -> None:
-    columns = min(3, max(1, len(panels)))
-    rows = math.ceil(max(1, len(panels)) / columns)
+    columns = min(3, len(panels)) or 1
+    rows = math.ceil(len(panels) / columns) or 1
     figure = Figure(figsize=(6.5 * columns, 5 * rows), layout="constrained")
     for index, (title, draw, curves) in enumerate(panels, start=1):
-        axes = figure.add_subplot(rows, columns, index)
-        axes.set_title(title)
+        axes = figure.add_subplot(rows, columns, index, title=title)
         axes.grid(alpha=0.3)
         draw(axes, curves)
         if len(curves) > 1 and axes.get_legend_handles_labels()[0]:  # below: it hides nothing
@@ -126,18 +114,14 @@ def _draw(panels: list[tuple[str, Callable[..., None], dict[str, Series]]], path
     figure.savefig(path, dpi=110)
 
 
-def _draw_losses(axes: Axes, curves: dict[str, Series]) -> None:
+def _draw_smoothed(axes: Axes, curves: dict[str, Series]) -> None:
     order = sorted(curves, key=lambda name: (name != "total_loss", name))
     for index, name in enumerate(order):
         iterations, values = curves[name]
-        color = "black" if name == "total_loss" else f"C{index - 1}"
+        color = "black" if index == 0 else f"C{index - 1}"
         axes.plot(iterations, values, color=color, alpha=0.35, linewidth=0.8)
         axes.plot(iterations, smooth(values), color=color, label=name, linewidth=1.6)
     _from_zero(axes)
-
-
-def _draw_smoothed(axes: Axes, curves: dict[str, Series]) -> None:
-    _draw_lines(axes, {name: (steps, smooth(values)) for name, (steps, values) in curves.items()})
 
 
 def _draw_lines(axes: Axes, curves: dict[str, Series]) -> None:

@@ -7,14 +7,10 @@ from typing import Any
 
 
 def numbered(ids: Iterable[Any], what: str) -> dict[Any, int]:
-    """Number ids from 1, in the order in which pycocotools sorts them.
+    """Number ids, of ``what``, from 1, in the order in which pycocotools sorts them.
 
     The evaluators of C++ and Rust count with these numbers: they fail, or even find nothing, where
     an id is negative, large or a text.
-
-    Args:
-        ids: numbers or texts.
-        what: what they are the ids of, for the error.
 
     Raises:
         ValueError: if one is given twice.
@@ -31,12 +27,7 @@ def numbered(ids: Iterable[Any], what: str) -> dict[Any, int]:
 
 
 def check_predicted_once(predicted: Iterable[Any], wanted: Iterable[Any], path: str) -> None:
-    """Compare the images that were predicted with those that count.
-
-    Args:
-        predicted: ids of the images of all predictions.
-        wanted: ids of the images in the annotation file.
-        path: the annotation file.
+    """Compare the images of all predictions with those of the annotation file at ``path``.
 
     Raises:
         ValueError: if an image is missing, unknown or predicted twice: any number would be wrong.
@@ -52,15 +43,10 @@ def check_predicted_once(predicted: Iterable[Any], wanted: Iterable[Any], path: 
 
 
 def dataset_class(predicted: int, ids: Mapping[int, Any], of: str) -> Any:
-    """Turn the class that a model predicts into the data set's id.
-
-    Args:
-        predicted: contiguous class id.
-        ids: contiguous class id → id in the data set.
-        of: what the classes are, for the error.
+    """Turn the contiguous class that a model predicts into the data set's id.
 
     Raises:
-        ValueError: if there is no such class.
+        ValueError: if there is no such class ``of`` the data set.
     """
     if predicted not in ids:
         raise ValueError(

@@ -1,12 +1,11 @@
 """Panoptic quality of Detectron2 models without panopticapi."""
 
-import json
 import logging
 import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from hotcoco.panoptic import PanopticEval
 from PIL import Image
 from tabulate import tabulate
 
+from gn_practical.training.atomic import write_json
 from gn_practical.training.data.coco_format import id_to_rgb, read_json
 from gn_practical.training.evaluation.ids import (
     check_predicted_once,
@@ -31,52 +31,28 @@ from gn_practical.training.evaluation.ids import (
 logger = logging.getLogger(__name__)
 
 Annotation = dict[str, Any]
-Tallies = dict[int, np.ndarray]
 
 
-def split_panoptic_labels(labels: np.ndarray, metadata: Metadata) -> tuple[np.ndarray, list[dict]]:
-    """Turn labels ``class * label_divisor + instance`` (-1: void) into segment ids and their info.
-
-    Args:
-        labels: as Detectron2's models without ``segments_info`` return them.
-        metadata: with ``label_divisor`` and ``thing_dataset_id_to_contiguous_id``.
-
-    Returns:
-        Segment ids, 0 for void, and Detectron2's ``segments_info``.
-
-    Shape:
-        ``(H, W)`` → ``(H, W)``.
-    """
-    things = set(metadata.thing_dataset_id_to_contiguous_id.values())
-    present = [int(label) for label in np.unique(labels) if label >= 0]
-    classes = [label // metadata.label_divisor for label in present]
-    segments = [
-        {"id": label + 1, "category_id": category, "isthing": category in things}
-        for label, category in zip(present, classes, strict=True)
-    ]
-    return labels + 1, segments
-
-
-def panoptic_quality(tallies: Iterable[np.ndarray]) -> dict[str, float]:
+def panoptic_quality(tallies: np.ndarray) -> dict[str, float]:
     """PQ, SQ and RQ in percent, averaged over classes (Kirillov et al., arXiv:1801.00868, Eq. 1).
 
     Of one class, PQ = Σ IoU / (TP + FP/2 + FN/2), SQ = Σ IoU / TP, RQ = TP / (TP + FP/2 + FN/2).
     A class with neither ground truth nor prediction does not count; no class at all gives NaN.
 
     Args:
-        tallies: of each class, (Σ IoU of the matches, TP, FP, FN).
+        tallies: of each class a row: Σ IoU of the matches, TP, FP, FN.
 
     Returns:
         Keys "PQ", "SQ", "RQ".
 
     Example:
-        >>> panoptic_quality([np.array([0.75, 1, 1, 1]), np.zeros(4)])
+        >>> panoptic_quality(np.array([[0.75, 1, 1, 1], [0, 0, 0, 0]]))
         {'PQ': 37.5, 'SQ': 75.0, 'RQ': 50.0}
     """
-    table = np.array([tally for tally in tallies if tally[1:].any()]).reshape(-1, 4)
-    if len(table) == 0:
+    tallies = tallies[tallies[:, 1:].any(axis=1)]
+    if len(tallies) == 0:
         return dict.fromkeys(("PQ", "SQ", "RQ"), float("nan"))
-    iou, matched, false_positive, false_negative = table.T
+    iou, matched, false_positive, false_negative = tallies.T
     size = matched + false_positive / 2 + false_negative / 2
     per_class = {"PQ": iou / size, "SQ": iou / np.maximum(matched, 1), "RQ": matched / size}
     return {name: 100 * float(values.mean()) for name, values in per_class.items()}
@@ -86,13 +62,11 @@ class PanopticEvaluator(DatasetEvaluator):
     """PQ, SQ and RQ for all classes, things and stuff, as the official code computes them.
 
     The numbers are those of COCO's panopticapi, also in its ways: where an image has several
-    crowds of one class, only the last one listed excuses predictions. Matching is done by
-    ``hotcoco``, on each rank for its own images, and the classes' tallies are summed on the main
-    rank: memory stays flat, and machines need no file system in common.
+    crowds of one class, only the last one listed excuses predictions. Each rank matches its own
+    images with ``hotcoco``: memory stays flat, and machines need no file system in common.
 
-    Predictions go to ``output_dir/panoptic/*.png``, named as the ground truth's, while they come,
-    and to ``output_dir/predictions.json`` at the end, in COCO's panoptic format; without
-    ``output_dir`` they are dropped.
+    Predictions go to ``output_dir/panoptic/*.png``, named as the ground truth's, and
+    ``output_dir/predictions.json``, in COCO's panoptic format; without ``output_dir`` nowhere.
 
     Differences from ``COCOPanopticEvaluator``: areas are those of the PNGs, whatever the json says
     (where it is wrong, the official code finds an IoU above 1); ids of images and categories may be
@@ -116,17 +90,23 @@ class PanopticEvaluator(DatasetEvaluator):
 
     def __init__(self, dataset_name: str, output_dir: str | None = None) -> None:
         self._metadata = MetadataCatalog.get(dataset_name)
-        self._thing_ids = _inverse(self._metadata.thing_dataset_id_to_contiguous_id)
-        self._stuff_ids = _inverse(self._metadata.stuff_dataset_id_to_contiguous_id)
         self._name, self._output_dir = dataset_name, output_dir
         self._path = self._metadata.panoptic_json
         self._content = read_json(PathManager.get_local_path(self._path))
         annotations = self._content["annotations"]
         self._truth = {annotation["image_id"]: annotation for annotation in annotations}
-        of = f"in {self._path}"
-        self._images = numbered((a["image_id"] for a in annotations), f"annotated images {of}")
-        categories = (category["id"] for category in self._content["categories"])
-        self._categories = numbered(categories, f"categories {of}")
+        self._images = numbered(
+            (a["image_id"] for a in annotations), f"annotated images in {self._path}"
+        )
+        ids = [category["id"] for category in self._content["categories"]]
+        self._categories = numbered(ids, f"categories in {self._path}")
+        things = self._metadata.thing_dataset_id_to_contiguous_id
+        stuff = self._metadata.stuff_dataset_id_to_contiguous_id
+        self._dataset_ids = {  # isthing → predicted id → the data set's
+            True: {value: key for key, value in things.items()},
+            False: {value: key for key, value in stuff.items()},
+            None: dict(zip(ids, ids, strict=True)),  # the model predicts the data set's own
+        }
         for annotation in annotations:
             self._check_segments(annotation)
         taken: set[str] = set()
@@ -136,49 +116,43 @@ class PanopticEvaluator(DatasetEvaluator):
     def reset(self) -> None:
         """Forget all predictions."""
         self._predictions: dict[Any, Annotation] = {}
-        self._temporary_dir = None
-        if self._output_dir is not None:
-            self._png_dir = os.path.join(self._output_dir, "panoptic")
-        else:
-            self._temporary_dir = tempfile.TemporaryDirectory(prefix="panoptic_")
-            self._png_dir = self._temporary_dir.name
+        # It removes itself with the last reference.
+        self._temporary = None if self._output_dir else TemporaryDirectory(prefix="panoptic_")
+        folder = self._temporary.name if self._temporary else self._output_dir
+        self._png_dir = os.path.join(folder, "panoptic")
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Write the predictions of a batch.
-
-        Args:
-            inputs: dicts with "file_name" and "image_id".
-            outputs: dicts with "panoptic_seg": ``(ids, segments_info)``; where ``segments_info``
-                is None, ids are ``class * label_divisor + instance``, -1 for void.
-        """
+        """Write the predictions of a batch, "panoptic_seg" of each output, by "image_id"."""
         for image, output in zip(inputs, outputs, strict=True):
             image_id = image["image_id"]
             if image_id not in self._truth or image_id in self._predictions:
                 check_predicted_once([*self._predictions, image_id], self._predictions, self._path)
-            segment_ids, segments = self._to_coco(*output["panoptic_seg"])
+            segment_ids, segments = _segments_of(*output["panoptic_seg"], self._metadata)
             self._check_png(self._truth[image_id]["file_name"], segment_ids.shape)
             file_name = self._files[image_id]
             path = os.path.join(self._png_dir, file_name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             Image.fromarray(id_to_rgb(segment_ids)).save(path, compress_level=1)
-            prediction = {"image_id": image_id, "file_name": file_name, "segments_info": segments}
-            self._predictions[image_id] = prediction
+            self._predictions[image_id] = {
+                "image_id": image_id,
+                "file_name": file_name,
+                "segments_info": [self._with_dataset_id(segment) for segment in segments],
+            }
 
     def evaluate(self) -> OrderedDict | None:
         """Percentages under "panoptic_seg" on the main rank, None on the others."""
         gathered = comm.gather((list(self._predictions.values()), self._tallies()))
-        if self._temporary_dir is not None:
-            self._temporary_dir.cleanup()
+        if self._temporary:
+            self._temporary.cleanup()
         if not comm.is_main_process():
             return None
         predictions = [prediction for part, _ in gathered for prediction in part]
         check_predicted_once((p["image_id"] for p in predictions), self._truth, self._path)
-        self._write(predictions)
-        tallies = {
-            category: sum((part[number] for _, part in gathered if part), np.zeros(4))
-            for category, number in self._categories.items()
-        }
-        return OrderedDict(panoptic_seg=self._summarize(tallies))
+        if self._output_dir:
+            path = os.path.join(self._output_dir, "predictions.json")
+            write_json(path, {**self._content, "annotations": predictions})
+            logger.info("Panoptic predictions saved to %s and %s", path, self._png_dir)
+        return OrderedDict(panoptic_seg=self._summarize(sum(part for _, part in gathered)))
 
     def _check_segments(self, annotation: Annotation) -> None:
         segments = annotation["segments_info"]
@@ -208,28 +182,17 @@ class PanopticEvaluator(DatasetEvaluator):
                 f"{found} in {path}. Restore the file or prepare the data set again."
             )
 
-    def _to_coco(
-        self, panoptic_seg: torch.Tensor, segments_info: list[dict] | None
-    ) -> tuple[np.ndarray, list[dict]]:
-        segment_ids = panoptic_seg.cpu().numpy()
-        if segments_info is None:
-            segment_ids, segments_info = split_panoptic_labels(segment_ids, self._metadata)
-        return segment_ids, [self._with_dataset_id(segment) for segment in segments_info]
-
     def _with_dataset_id(self, segment: dict) -> dict:
         segment = dict(segment)
         is_thing = segment.pop("isthing", None)
-        if is_thing is None:  # the model predicts the data set's own ids
-            ids = {category: category for category in self._categories}
-        else:
-            ids = self._thing_ids if is_thing else self._stuff_ids
         of = f"{'thing' if is_thing else 'stuff'} classes of {self._name}"
+        ids = self._dataset_ids[None if is_thing is None else bool(is_thing)]
         return {**segment, "category_id": dataset_class(segment["category_id"], ids, of)}
 
-    def _tallies(self) -> Tallies:
+    def _tallies(self) -> np.ndarray:
         """(Σ IoU, TP, FP, FN) of each class, by its number, over the images of this rank."""
         if not self._predictions:
-            return {}
+            return np.zeros((len(self._categories), 4))
         evaluation = PanopticEval(
             self._numbered(self._truth[image_id] for image_id in self._predictions),
             self._numbered(self._predictions.values()),
@@ -237,78 +200,69 @@ class PanopticEvaluator(DatasetEvaluator):
             pred_folder=self._png_dir,
         )
         evaluation.evaluate()
-        return {
-            number: np.array([row["iou"], row["tp"], row["fp"], row["fn"]], dtype=np.float64)
-            for number, row in evaluation.results()["per_class"].items()
-        }
+        rows = evaluation.results()["per_class"]
+        keys = ("iou", "tp", "fp", "fn")
+        return np.array([[rows[n][key] for key in keys] for n in self._categories.values()], float)
 
     def _numbered(self, annotations: Iterable[Annotation]) -> dict[str, list]:
         """Return what hotcoco reads, under numbers; areas left out, it counts pixels."""
-        numbered_annotations = [
-            {
-                "image_id": self._images[annotation["image_id"]],
-                "file_name": annotation["file_name"],
-                "segments_info": [
-                    {
-                        "id": segment["id"],
-                        "category_id": self._categories[segment["category_id"]],
-                        "iscrowd": int(segment.get("iscrowd", 0) == 1),
-                    }
-                    for segment in annotation["segments_info"]
-                ],
-            }
-            for annotation in annotations
-        ]
-        return {
-            "images": [{"id": annotation["image_id"]} for annotation in numbered_annotations],
-            "annotations": numbered_annotations,
+        content: dict[str, list] = {
+            "images": [],
+            "annotations": [],
             "categories": [{"id": n, "name": str(n)} for n in self._categories.values()],
         }
+        for annotation in annotations:
+            number = self._images[annotation["image_id"]]
+            segments = [
+                {
+                    "id": segment["id"],
+                    "category_id": self._categories[segment["category_id"]],
+                    "iscrowd": int(segment.get("iscrowd", 0) == 1),
+                }
+                for segment in annotation["segments_info"]
+            ]
+            content["images"].append({"id": number})
+            file = {"image_id": number, "file_name": annotation["file_name"]}
+            content["annotations"].append({**file, "segments_info": segments})
+        return content
 
-    def _write(self, predictions: list[Annotation]) -> None:
-        if self._output_dir is None:
-            return
-        path = os.path.join(self._output_dir, "predictions.json")
-        with PathManager.open(path, "w") as file:
-            json.dump({**self._content, "annotations": predictions}, file)
-        logger.info("Panoptic predictions saved to %s and %s", path, self._png_dir)
-
-    def _summarize(self, tallies: Tallies) -> dict[str, float]:
-        categories = self._content["categories"]
-        known_things = set(self._thing_ids.values())
-        things = {c["id"] for c in categories if c.get("isthing", c["id"] in known_things)}
-        groups = {
-            "": tallies,
-            "_th": {c: t for c, t in tallies.items() if c in things},
-            "_st": {c: t for c, t in tallies.items() if c not in things},
+    def _summarize(self, tallies: np.ndarray) -> dict[str, float]:
+        entries = {category["id"]: category for category in self._content["categories"]}
+        known = self._dataset_ids[True].values()
+        things = np.array([entries[c].get("isthing", c in known) for c in self._categories], bool)
+        groups = {"": tallies, "_th": tallies[things], "_st": tallies[~things]}
+        by_group = {suffix: panoptic_quality(group) for suffix, group in groups.items()}
+        by_class = {
+            entries[category]["name"]: panoptic_quality(tallies[number - 1 : number])
+            for category, number in self._categories.items()
         }
-        by_group = {suffix: panoptic_quality(group.values()) for suffix, group in groups.items()}
-        by_class = {c["name"]: panoptic_quality([tallies[c["id"]]]) for c in categories}
-        titles = {"All": "", "Things": "_th", "Stuff": "_st"}
-        _log("Panoptic quality", {title: by_group[suffix] for title, suffix in titles.items()})
-        seen = {name: row for name, row in by_class.items() if row["PQ"] == row["PQ"]}
-        _log("Panoptic quality of each class", seen)
+        rows = [*zip(("All", "Things", "Stuff"), by_group.values(), strict=True), *by_class.items()]
+        lines = [[name, *row.values()] for name, row in rows if row["PQ"] == row["PQ"]]
+        headers = ["", *by_group[""]]
+        logger.info("Panoptic quality:\n%s", tabulate(lines, headers, "pipe", ".3f"))
         return {
             **{name + suffix: v for suffix, row in by_group.items() for name, v in row.items()},
             **{f"PQ-{name}": row["PQ"] for name, row in by_class.items()},
         }
 
 
-def _inverse(mapping: dict[Any, int]) -> dict[int, Any]:
-    return {value: key for key, value in mapping.items()}
+def _segments_of(
+    panoptic_seg: torch.Tensor, segments_info: list[dict] | None, metadata: Metadata
+) -> tuple[np.ndarray, list[dict]]:
+    """Return ids and info; without info, ids are ``class * label_divisor + instance``, void -1."""
+    ids = panoptic_seg.cpu().numpy()
+    if segments_info is not None:
+        return ids, segments_info
+    things = set(metadata.thing_dataset_id_to_contiguous_id.values())
+    labels = [int(label) for label in np.unique(ids) if label >= 0]
+    classes = [label // metadata.label_divisor for label in labels]
+    return ids + 1, [
+        {"id": label + 1, "category_id": category, "isthing": category in things}
+        for label, category in zip(labels, classes, strict=True)
+    ]
 
 
 def _stem(annotation: Annotation) -> str:
     """Path of the PNG without its ending, kept inside the folder of the predictions."""
     path = PurePosixPath(annotation["file_name"]).with_suffix("")
     return str(PurePosixPath(*(part for part in path.parts if part not in ("/", ".."))))
-
-
-def _log(title: str, rows: dict[str, dict[str, float]]) -> None:
-    table = tabulate(
-        [[name, *row.values()] for name, row in rows.items()],
-        ["", "PQ", "SQ", "RQ"],
-        tablefmt="pipe",
-        floatfmt=".3f",
-    )
-    logger.info("%s:\n%s", title, table)

@@ -10,19 +10,18 @@ import cv2
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
+from detectron2.utils.colormap import colormap
 from detectron2.utils.events import get_event_storage, has_event_storage
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.visualizer import GenericMask
+from detectron2.utils.visualizer import ColorMode, Visualizer
 from PIL import Image
 
 from gn_practical.training.data.coco_format import rgb_to_id
 from gn_practical.training.evaluation.ids import unused
-from gn_practical.training.evaluation.panoptic import split_panoptic_labels
-from gn_practical.training.evaluation.segments import draw_segments
 from gn_practical.training.evaluation.sem_seg import read_label_image
 
 logger = logging.getLogger(__name__)
@@ -35,11 +34,10 @@ _BAR = 32
 class PictureEvaluator(DatasetEvaluator):
     """Draw the first predictions beside the ground truth; it measures nothing.
 
-    It rides along with other evaluators in their pass over the data. Panoptic segments are drawn
-    where the model predicts them, else instances, else semantic classes. Each picture is written
-    to ``output_dir/<image>.png`` and, during training, put into the ``EventStorage``
-    ("pictures/<image>"), from where it reaches TensorBoard. Only the main rank draws, of its own
-    images. What goes wrong here is logged as a warning and never stops an evaluation.
+    Panoptic segments are drawn where the model predicts them, else instances, else semantic
+    classes. Each picture is written to ``output_dir/<image>.png`` and, during training, put into
+    the ``EventStorage`` ("pictures/<image>"), from where it reaches TensorBoard. The main rank
+    alone draws, of its own images. What goes wrong is a warning and never stops an evaluation.
 
     Args:
         dataset_name: a registered data set.
@@ -67,20 +65,19 @@ class PictureEvaluator(DatasetEvaluator):
         self._names: set[str] = set()
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Draw what is still to be drawn.
-
-        Args:
-            inputs: dicts with "file_name" and "image_id".
-            outputs: dicts with "panoptic_seg", "instances" or "sem_seg".
-        """
+        """Draw what is still to be drawn, "panoptic_seg", "instances" or "sem_seg"."""
         for image, output in zip(inputs, outputs, strict=True):
             if self._remaining == 0:
                 return
             self._remaining -= 1
+            state = np.random.get_state()
+            np.random.seed(0)  # the shades of instances, and not those of the training's next batch
             try:
                 self._save(image["file_name"], self._draw(image, output))
             except Exception:  # a picture is never worth an evaluation
                 logger.warning("No picture of %s", image.get("file_name"), exc_info=True)
+            finally:
+                np.random.set_state(state)
 
     def evaluate(self) -> None:
         """Say where the pictures are; there are no results."""
@@ -90,76 +87,47 @@ class PictureEvaluator(DatasetEvaluator):
             self.__dict__.pop(name, None)
 
     def _draw(self, image: dict, output: dict) -> np.ndarray:
-        title = "prediction"
-        if "panoptic_seg" in output:
-            prediction, truth = self._panoptic(*output["panoptic_seg"]), self._true_panoptic(image)
-        elif "instances" in output:
-            title, prediction = self._instances(output["instances"].to("cpu"))
-            truth = self._true_instances(image)
-        else:
-            prediction = self._semantic(output["sem_seg"].argmax(dim=0).cpu().numpy())
-            record = self._records[image["file_name"]]
-            truth = self._semantic(read_label_image(record["sem_seg_file_name"]))
         pixels = read_image(image["file_name"], format="RGB")
-        width = int(np.clip(pixels.shape[1], *_PANEL_WIDTH))
-        panels = [draw_segments(pixels, s, self._metadata, width) for s in (prediction, truth)]
+        scale = float(np.clip(pixels.shape[1], *_PANEL_WIDTH)) / pixels.shape[1]
+        prediction, truth = (
+            Visualizer(pixels, with_colors(self._metadata), scale, ColorMode.SEGMENTATION)
+            for _ in range(2)
+        )
+        title = "prediction"
+        # The truth first: its shades do not depend on what is predicted.
+        if "panoptic_seg" in output:
+            ids, segments = output["panoptic_seg"]
+            truth.draw_panoptic_seg(*self._true_panoptic(image))
+            prediction.draw_panoptic_seg(ids.cpu(), segments)
+        elif "instances" in output:
+            instances = output["instances"].to("cpu")
+            kept = instances[instances.scores >= self._min_score]
+            record = self._records[image["file_name"]]
+            truth.draw_dataset_dict({"annotations": record.get("annotations")})
+            prediction.draw_instance_predictions(kept)
+            title += f": score >= {self._min_score:g} ({len(kept)} of {len(instances)})"
+        else:
+            record = self._records[image["file_name"]]
+            truth.draw_sem_seg(read_label_image(record["sem_seg_file_name"]))
+            prediction.draw_sem_seg(output["sem_seg"].argmax(dim=0).cpu())
+        panels = [visualizer.get_output().get_image() for visualizer in (prediction, truth)]
         return _side_by_side(panels, [title, "ground truth"])
 
-    def _panoptic(self, ids: torch.Tensor, segments: list[dict] | None) -> list[dict]:
-        ids = ids.cpu().numpy()
-        if segments is None:
-            ids, segments = split_panoptic_labels(ids, self._metadata)
-        return [{**segment, "mask": ids == segment["id"]} for segment in segments]
-
-    def _true_panoptic(self, image: dict) -> list[dict]:
+    def _true_panoptic(self, image: dict) -> tuple[torch.Tensor, list[dict]]:
         annotation = self._panoptic_annotations[image["image_id"]]
         path = os.path.join(self._metadata.panoptic_root, annotation["file_name"])
         with PathManager.open(path, "rb") as f:
-            segment_ids = rgb_to_id(np.array(Image.open(f).convert("RGB")))
+            ids = rgb_to_id(np.array(Image.open(f).convert("RGB")))
         things = self._metadata.thing_dataset_id_to_contiguous_id
-        contiguous = {**self._metadata.stuff_dataset_id_to_contiguous_id, **things}
-        return [
+        classes = {**self._metadata.stuff_dataset_id_to_contiguous_id, **things}
+        return torch.from_numpy(ids.astype(np.int64)), [
             {
                 **segment,
-                "category_id": contiguous[segment["category_id"]],
+                "category_id": classes[segment["category_id"]],
                 "isthing": segment["category_id"] in things,
-                "mask": segment_ids == segment["id"],
             }
             for segment in annotation["segments_info"]
         ]
-
-    def _instances(self, instances: Instances) -> tuple[str, list[dict]]:
-        kept = instances[instances.scores >= self._min_score]
-        fields = {"category_id": "pred_classes", "score": "scores", "mask": "pred_masks"}
-        columns = {key: kept.get(name).numpy() for key, name in fields.items() if kept.has(name)}
-        columns["box"] = kept.pred_boxes.tensor.numpy()
-        rows = zip(*columns.values(), strict=True)
-        segments = [{**dict(zip(columns, row, strict=True)), "isthing": True} for row in rows]
-        return (
-            f"prediction: score >= {self._min_score:g} ({len(kept)} of {len(instances)})",
-            segments,
-        )
-
-    def _true_instances(self, image: dict) -> list[dict]:
-        record = self._records[image["file_name"]]
-        size = record["height"], record["width"]
-        return [
-            {
-                **annotation,
-                "isthing": True,
-                "box": BoxMode.convert(
-                    annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS
-                ),
-                "mask": GenericMask(annotation["segmentation"], *size).mask
-                if "segmentation" in annotation
-                else None,
-            }
-            for annotation in record.get("annotations", [])
-        ]
-
-    def _semantic(self, labels: np.ndarray) -> list[dict]:
-        known = [int(n) for n in np.unique(labels) if n < len(self._metadata.stuff_classes)]
-        return [{"category_id": n, "isthing": False, "mask": labels == n} for n in known]
 
     def _save(self, image_file: str, picture: np.ndarray) -> None:
         name = unused(os.path.splitext(os.path.basename(image_file))[0], self._names)
@@ -176,6 +144,23 @@ class PictureEvaluator(DatasetEvaluator):
     def _panoptic_annotations(self) -> dict[Any, dict]:
         with PathManager.open(self._metadata.panoptic_json) as f:
             return {a["image_id"]: a for a in json.load(f)["annotations"]}
+
+
+def with_colors(metadata: Metadata) -> Metadata:
+    """Return a copy in which each class has a colour: its own, or one that follows from its number.
+
+    Example:
+        >>> with_colors(Metadata(thing_classes=["cat"], thing_colors=[(255, 0, 0)])).thing_colors
+        [(255, 0, 0)]
+    """
+    palette = colormap(rgb=True)
+    colors = {}
+    for kind, first in (("thing", 0), ("stuff", len(palette) // 2)):
+        own = list(metadata.get(f"{kind}_colors") or ())
+        count = len(metadata.get(f"{kind}_classes") or ())
+        others = [palette[(first + i) % len(palette)] for i in range(len(own), count)]
+        colors[f"{kind}_colors"] = own + others
+    return Metadata(**{**metadata.as_dict(), **colors})
 
 
 def _side_by_side(panels: list[np.ndarray], titles: list[str]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The numbers of an evaluation, as tables and as a file."""
 
+import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -9,22 +10,16 @@ from tabulate import tabulate
 from gn_practical.training.atomic import write_json
 
 _WIDTH = 100  # of the tables, in characters
-_CELL = 3  # of it: a border and two spaces
-_TITLE = 2  # tabulate's, around a header
 
 
-def flat_results(results: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Go through the main metrics of an evaluation.
+def flat_results(
+    results: dict[str, Any], task: str = "", with_classes: bool = False
+) -> Iterator[tuple[str, str, Any]]:
+    """Go through the metrics of an evaluation, as (task, metric, value).
 
-    Metrics of single classes ("AP-person") are left out. As for Detectron2, a hyphen tells them.
-
-    Args:
-        results: task → metric → value, as Detectron2's evaluators return it, or data set → task →
-            metric → value where several data sets were evaluated.
-        prefix: of the tasks.
-
-    Returns:
-        Tuples (task, metric, value), with "data set/task" where there are several data sets.
+    Results are task → metric → value, as Detectron2's evaluators return them, or data set → task →
+    metric → value, whose task is then "data set/task". Metrics of single classes, told by a hyphen
+    as in "AP-person", are left out unless ``with_classes``.
 
     Example:
         >>> list(flat_results({"val": {"bbox": {"AP": 40.7, "AP-person": 50.0}}}))
@@ -32,20 +27,15 @@ def flat_results(results: dict[str, Any], prefix: str = "") -> Iterator[tuple[st
     """
     for name, value in results.items():
         if isinstance(value, dict):
-            yield from flat_results(value, f"{prefix}/{name}".lstrip("/"))
-        elif "-" not in name:
-            yield prefix, name, value
+            yield from flat_results(value, f"{task}/{name}".lstrip("/"), with_classes)
+        elif with_classes or "-" not in name:
+            yield task, name, value
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """Lay out the main metrics, one table a task and no line above 100 characters.
+    """Lay out the main metrics in Markdown, one table a task and no line above 100 characters.
 
-    Args:
-        results: as for :func:`flat_results`.
-
-    Returns:
-        Markdown tables, one row a data set; "-" where a metric cannot be computed. An empty string
-        if there is no metric.
+    A row is a data set, "-" a metric that cannot be computed; no metric gives an empty text.
 
     Example:
         >>> print(results_table({"bbox": {"AP": 40.7, "AP50": 61.2, "AP75": 44.6}}))
@@ -63,36 +53,27 @@ def results_table(results: dict[str, Any]) -> str:
 
 
 def write_results(results: dict[str, Any] | list[Any], path: str) -> None:
-    """Write results as strict JSON, all at once: a reader never sees half a file.
+    """Write results, any dicts and lists, as strict JSON: NaN and infinity become null.
 
-    Args:
-        results: as for :func:`flat_results`, or any of dicts and lists; NaN and infinity become
-            null.
-        path: the file; its folder is made.
+    The file is written all at once, a reader never sees half of it; its folder is made.
 
     Example:
         >>> write_results({"bbox": {"AP": float("nan")}}, "output/results.json")  # doctest: +SKIP
     """
-    write_json(path, _strict(results), indent=2, allow_nan=False)
+    # float is for NumPy's scalars and zero-dimensional tensors; NaN and infinity are constants.
+    plain = json.loads(json.dumps(results, default=float), parse_constant=lambda _: None)
+    write_json(path, plain, indent=2, allow_nan=False)
 
 
 def _tables(task: str, rows: dict[str, dict[str, Any]]) -> Iterator[str]:
     """Yield the table of a task, in as many parts as its width asks for."""
-    first = max(len(task) + _TITLE, *map(len, rows)) + _CELL
     part: list[str] = []
-    metrics = list(dict.fromkeys(metric for row in rows.values() for metric in row))
-    for metric in metrics:
-        if part and 1 + first + sum(_column(rows, m) for m in [*part, metric]) > _WIDTH:
+    for metric in dict.fromkeys(metric for row in rows.values() for metric in row):
+        if part and _table(task, rows, [*part, metric]).index("\n") > _WIDTH:
             yield _table(task, rows, part)
             part = []
         part.append(metric)
     yield _table(task, rows, part)
-
-
-def _column(rows: dict[str, dict[str, Any]], metric: str) -> int:
-    return (
-        max(len(metric) + _TITLE, *(len(_cell(row.get(metric))) for row in rows.values())) + _CELL
-    )
 
 
 def _table(task: str, rows: dict[str, dict[str, Any]], metrics: list[str]) -> str:
@@ -107,16 +88,3 @@ def _cell(value: Any) -> str:
         return f"{value:.3f}" if math.isfinite(value) else "-"
     except (TypeError, ValueError):  # None, or a text
         return "-" if value is None else str(value)
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    if isinstance(value, (str, bool)) or value is None:
-        return value
-    number = float(value)  # NumPy scalars and zero-dimensional tensors too
-    if not math.isfinite(number):
-        return None
-    return int(number) if isinstance(value, int) else number

@@ -8,14 +8,7 @@ from PIL import Image
 
 
 def read_label_image(path: str, dtype: np.typing.DTypeLike = np.int64) -> np.ndarray:
-    """Read an image whose pixel values are class labels.
-
-    Args:
-        path: PNG with one channel (gray or palette).
-        dtype: of the array.
-
-    Shape:
-        ``(H, W)``.
+    """Read a PNG with one channel, gray or palette, whose ``(H, W)`` values are class labels.
 
     Raises:
         ValueError: naming the file, if it cannot be read or has several channels.
@@ -65,12 +58,7 @@ class SemSegEvaluator(evaluation.SemSegEvaluator):
             )
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Count the pixels of a batch.
-
-        Args:
-            inputs: dicts with "file_name".
-            outputs: dicts with "sem_seg", the scores of each class.
-        """
+        """Count the pixels of a batch, from "sem_seg" of each output, the scores of each class."""
         scored = max((len(output["sem_seg"]) for output in outputs), default=0)
         if scored > self._count:
             raise ValueError(

@@ -33,27 +33,20 @@ def submit_all(
 ) -> list[Run]:
     """Submit each run that is neither finished nor in the queue as a job of its own.
 
-    A job that reaches its time limit, or is preempted, saves, and comes back in the queue.
-
-    Args:
-        plan: from :func:`gn_practical.training.sweep.read_plan`.
-        output: the folder of the sweep; scripts and logs of the jobs are in ``jobs`` there.
-        cluster: "slurm", or "local" for submitit's processes on this machine, to try it out.
-        num_gpus: GPUs of each run, on one node.
-        options: of ``sbatch``, as "partition=gpu" or "time=12:00:00".
-        wait: until all jobs have ended.
-
-    Returns:
-        The runs that failed, where it has waited.
+    A job that reaches its time limit, or is preempted, saves, and comes back in the queue. Scripts
+    and logs of the jobs are in ``jobs`` in the folder of the sweep. Where it has waited until all
+    jobs have ended, the runs that failed are returned. The cluster "local" is submitit's processes
+    on this machine, to try it out; options are of ``sbatch``, as "time=12:00:00".
 
     Raises:
         ValueError: if there is no SLURM, or an option is not OPTION=VALUE; and as ``run_all``.
     """
-    executor = _executor(plan, output, cluster, num_gpus, options)
+    folder = Path(output, "jobs").absolute()
+    executor = _executor(Path(plan.path).stem, folder, cluster, num_gpus, options)
     jobs = {}
     with locked(output):
         for task in unfinished_tasks(plan, num_gpus):
-            queued = _queued(output, task.run)
+            queued = _queued(folder, task.run)
             job = jobs[task.run.folder] = queued or executor.submit(task)
             what = "is in the queue as job" if queued else "job"
             print(f"{task.run.name}: {what} {job.job_id} ({task.log})")
@@ -65,15 +58,15 @@ def submit_all(
     return [run for run in plan.runs if wait and not is_finished(run)]
 
 
-def _queued(output: str, run: Run) -> submitit.SlurmJob | None:
+def _queued(folder: Path, run: Run) -> submitit.SlurmJob | None:
     """Return the job of a run that SLURM knows and that has not ended."""
     file = Path(run.folder, _JOB)
-    job = submitit.SlurmJob(_folder(output), file.read_text()) if file.is_file() else None
+    job = submitit.SlurmJob(folder, file.read_text()) if file.is_file() else None
     return None if job is None or job.done() else job
 
 
 def _executor(
-    plan: Plan, output: str, cluster: str, num_gpus: int, options: Sequence[str]
+    name: str, folder: Path, cluster: str, num_gpus: int, options: Sequence[str]
 ) -> submitit.AutoExecutor:
     wrong = [option for option in options if not all(option.partition("="))]
     if wrong:
@@ -83,7 +76,6 @@ def _executor(
     given = dict(option.split("=", 1) for option in options)
     given = {key.strip("-").replace("-", "_"): value for key, value in given.items()}
     time_limit = given.pop("time", "24:00:00")
-    folder = _folder(output)
     try:
         executor = submitit.AutoExecutor(folder, cluster, slurm_max_num_timeout=_MOST_TIMEOUTS)
     except RuntimeError as error:
@@ -91,7 +83,7 @@ def _executor(
             f"--executor slurm must find SLURM's commands, got: {error}. Run it where sbatch is."
         ) from error
     executor.update_parameters(
-        name=Path(plan.path).stem,
+        name=name,
         timeout_min=_minutes(time_limit),
         gpus_per_node=num_gpus,
         cpus_per_task=_CPUS_PER_GPU * num_gpus,
@@ -101,20 +93,14 @@ def _executor(
     return executor
 
 
-def _folder(output: str) -> Path:
-    return Path(output, "jobs").absolute()
-
-
 def _minutes(limit: str) -> int:
     """Turn sbatch's time formats into minutes: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
     days, dash, rest = limit.rpartition("-")
     try:
         parts = [int(part) for part in rest.split(":")]
-        if dash:
-            hours, minutes, *_ = [*parts, 0]
-            return (24 * int(days) + hours) * 60 + minutes
-        hours = parts.pop(0) if len(parts) == 3 else 0
-        return 60 * hours + parts[0]
+        if len(parts) < 3:
+            parts = [*parts, 0] if dash else [0, *parts]
+        return (24 * int(days or 0) + parts[0]) * 60 + parts[1]
     except ValueError:
         raise ValueError(
             f"--slurm time must be a time as sbatch takes it, got {limit}. For example 12:00:00."

@@ -12,24 +12,17 @@ import yaml
 from gn_practical.training.config.overrides import override_pairs
 
 _REQUIRED = ("tool", "config", "axes", "seeds", "metrics")
-_OPTIONAL = ("overrides", "baseline", "pictures", "labels")
+_OPTIONAL: dict[str, Any] = {"overrides": {}, "baseline": {}, "pictures": [], "labels": {}}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run of a sweep.
+    """One training run of a sweep."""
 
-    Attributes:
-        setting: axis → label of its value.
-        seed: the value of ``SEED``.
-        overrides: ``KEY``, ``VALUE`` in turn, without SEED and OUTPUT_DIR.
-        folder: its ``OUTPUT_DIR``.
-    """
-
-    setting: dict[str, str]
-    seed: int
-    overrides: tuple[str, ...]
-    folder: str
+    setting: dict[str, str]  # axis → label of its value
+    seed: int  # the value of SEED
+    overrides: tuple[str, ...]  # KEY, VALUE in turn, without SEED and OUTPUT_DIR
+    folder: str  # its OUTPUT_DIR
 
     @property
     def name(self) -> str:
@@ -53,10 +46,9 @@ class Plan:
     runs: list[Run]
 
     def only(self, words: Sequence[str]) -> "Plan":
-        """Return the plan with those runs alone whose settings are named.
+        """Return the plan with those runs alone whose settings are named by "axis=label".
 
-        Args:
-            words: "axis=label"; several of one axis are all taken, an axis that none names whole.
+        Several labels of one axis are all taken, an axis that none names is taken whole.
 
         Raises:
             ValueError: for an axis or a label that there is not.
@@ -64,11 +56,18 @@ class Plan:
         chosen: dict[str, set[str]] = {}
         for word in words:
             axis, _, label = word.partition("=")
-            _check_axis(self, "--only", axis)
-            _check_label(self, "--only", axis, label)
+            self.check("--only", axis, label)
             chosen.setdefault(axis, set()).add(label)
         runs = [run for run in self.runs if all(run.setting[a] in chosen[a] for a in chosen)]
         return replace(self, runs=runs)
+
+    def check(self, what: str, axis: str, label: str | None = None) -> None:
+        """Raise a ValueError that names what is wrong, if there is no such axis or label of it."""
+        if axis not in self.axes:
+            raise ValueError(f"{what} must name an axis of {list(self.axes)}, got {axis}.")
+        if label is not None and label not in self.axes[axis]:
+            labels = self.axes[axis]
+            raise ValueError(f"{what} must be a label of axis {axis}, {labels}, got {label}.")
 
 
 def read_plan(path: str, output: str, opts: Sequence[str] = (), seeds: Sequence[int] = ()) -> Plan:
@@ -100,27 +99,20 @@ def read_plan(path: str, output: str, opts: Sequence[str] = (), seeds: Sequence[
         True
     """
     content = _load(path)
-    axes = {name: _values(path, name, axis) for name, axis in content["axes"].items()}
+    axes = {name: _values(path, name, axis) for name, axis in content.pop("axes").items()}
+    common = {**content.pop("overrides"), **override_pairs(opts)}
+    for key in ("tool", "config"):
+        content[key] = os.path.normpath(os.path.join(os.path.dirname(path), content[key]))
+    content["seeds"] = list(seeds) or content["seeds"]
+    content["baseline"] = {axis: str(label) for axis, label in content["baseline"].items()}
+    runs = []
+    for seed in content["seeds"]:  # seed by seed: every setting has a result early on
+        for choice in itertools.product(*(axis.items() for axis in axes.values())):
+            setting = dict(zip(axes, (label for label, _ in choice), strict=True))
+            overrides = {**common, **dict(itertools.chain(*(o.items() for _, o in choice)))}
+            runs.append(_run(setting, seed, overrides, output))
     labels = {name: list(axis) for name, axis in axes.items()}
-    common = {**content.get("overrides", {}), **override_pairs(opts)}
-    seeds = list(seeds) or content["seeds"]
-    runs = [
-        _run(dict(zip(axes, choice, strict=True)), axes, common, seed, output)
-        for seed in seeds  # seed by seed: every setting has a result early on
-        for choice in itertools.product(*labels.values())
-    ]
-    plan = Plan(
-        path=path,
-        tool=os.path.normpath(os.path.join(os.path.dirname(path), content["tool"])),
-        config=os.path.normpath(os.path.join(os.path.dirname(path), content["config"])),
-        axes=labels,
-        seeds=seeds,
-        metrics=content["metrics"],
-        baseline={k: str(v) for k, v in content.get("baseline", {}).items()},
-        pictures=content.get("pictures", []),
-        labels=content.get("labels", {}),
-        runs=runs,
-    )
+    plan = Plan(path=path, axes=labels, runs=runs, **content)
     _check(plan)
     return plan
 
@@ -140,7 +132,7 @@ def _load(path: str) -> dict[str, Any]:
             f"a sweep must have the keys {', '.join(_REQUIRED)} and may have "
             f"{', '.join(_OPTIONAL)}, got {path} without {missing} and with unknown {unknown}."
         )
-    return content
+    return {**_OPTIONAL, **content}
 
 
 def _values(path: str, name: str, axis: Any) -> dict[str, dict[str, Any]]:
@@ -155,23 +147,13 @@ def _values(path: str, name: str, axis: Any) -> dict[str, dict[str, Any]]:
     return {str(label): overrides for label, overrides in axis.items()}
 
 
-def _run(
-    setting: dict[str, str],
-    axes: dict[str, dict[str, dict[str, Any]]],
-    common: dict[str, Any],
-    seed: int,
-    output: str,
-) -> Run:
-    overrides = dict(common)
-    for axis, label in setting.items():
-        overrides.update(axes[axis][label])
-    words = tuple(word for key, value in overrides.items() for word in (key, _word(value)))
+def _run(setting: dict[str, str], seed: int, overrides: dict[str, Any], output: str) -> Run:
+    words = tuple(
+        word if isinstance(word, str) else repr(word)
+        for word in itertools.chain(*overrides.items())
+    )
     parts = [re.sub(r"[^\w.=-]+", "_", f"{axis}-{label}") for axis, label in setting.items()]
     return Run(setting, seed, words, os.path.join(output, "runs", *parts, f"seed-{seed}"))
-
-
-def _word(value: Any) -> str:
-    return value if isinstance(value, str) else repr(value)
 
 
 def _check(plan: Plan) -> None:
@@ -183,30 +165,17 @@ def _check(plan: Plan) -> None:
     if not all(isinstance(seed, int) and seed >= 0 for seed in plan.seeds):
         raise ValueError(f"seeds must be numbers from 0 on, got {plan.seeds}. Correct them.")
     for picture in plan.pictures:
-        if not {"x", "y"} <= set(picture) <= {"x", "y", "lines"}:  # "lines" of older files
+        if set(picture) != {"x", "y"}:
             raise ValueError(f"a picture must be {{x: axis, y: metric}}, got {picture}.")
         if picture["y"] not in plan.metrics:
             raise ValueError(f"y must be one of metrics {plan.metrics}, got {picture['y']}.")
-        _check_axis(plan, "x", picture["x"])
+        plan.check("x", picture["x"])
     for axis, label in plan.baseline.items():
-        _check_axis(plan, "baseline", axis)
-        _check_label(plan, "baseline", axis, label)
-    for name in plan.labels:
-        if name not in plan.metrics:
-            _check_axis(plan, "a label", name)
-    folders = [run.folder for run in plan.runs]
-    if len(set(folders)) != len(folders):
+        plan.check("baseline", axis, label)
+    for name in set(plan.labels) - set(plan.metrics):
+        plan.check("a label", name)
+    if len({run.folder for run in plan.runs}) < len(plan.runs):
         raise ValueError(
             f"labels and seeds must differ in letters and digits, got {plan.path} with two runs of "
             "one folder. Rename a label or drop a seed."
         )
-
-
-def _check_axis(plan: Plan, what: str, axis: str) -> None:
-    if axis not in plan.axes:
-        raise ValueError(f"{what} must name an axis of {list(plan.axes)}, got {axis}.")
-
-
-def _check_label(plan: Plan, what: str, axis: str, label: str) -> None:
-    if label not in plan.axes[axis]:
-        raise ValueError(f"{what} must be a label of axis {axis}, {plan.axes[axis]}, got {label}.")

@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import joblib
@@ -26,23 +27,15 @@ def run_all(
     """Run what is not finished yet; a run that had begun goes on from its last checkpoint.
 
     A run is finished when its process ended with 0; this is written into its folder, together with
-    its overrides. When the first three all fail for the same reason, the others are not started.
-
-    Args:
-        plan: from :func:`gn_practical.training.sweep.read_plan`.
-        output: the folder of the sweep.
-        jobs: runs at once; 0 for as many as there are GPUs for, or one a core without a GPU.
-        num_gpus: GPUs of each run.
-        keep_going: start all runs, however many fail.
-
-    Returns:
-        The runs that failed.
+    its overrides. When the first three all fail for the same reason, the others are started only
+    to ``keep_going``. As many ``jobs`` run at once; with 0, as many as there are GPUs for, or one a
+    core without a GPU. Those that failed are returned.
 
     Raises:
         ValueError: if another process runs this sweep, or a run's folder holds other overrides.
         Interrupted: if a signal stopped it, the runs with it.
     """
-    jobs = jobs or _default_jobs(num_gpus)
+    jobs = jobs or (torch.cuda.device_count() or joblib.cpu_count()) // num_gpus
     with locked(output):
         waiting = unfinished_tasks(plan, num_gpus)
         done = len(plan.runs) - len(waiting)
@@ -52,11 +45,7 @@ def run_all(
 
 
 def unfinished_tasks(plan: Plan, num_gpus: int) -> list[Task]:
-    """Return the runs that are to do, after a look at what their folders hold.
-
-    Args:
-        plan: of the sweep.
-        num_gpus: GPUs, or CPU processes, of each run.
+    """Return the runs that are to do, each on so many GPUs, or CPU processes.
 
     Raises:
         ValueError: if a run's folder holds other overrides.
@@ -73,25 +62,18 @@ def describe(plan: Plan, num_gpus: int) -> str:
     return "\n".join([*lines, f"{len(lines)} of {len(plan.runs)} runs are to do."])
 
 
+@dataclass
 class _Workers:
-    """Slots that are kept busy with tasks until none waits; none is left behind.
+    """Slots that are kept busy with tasks until none waits; none is left behind."""
 
-    Args:
-        waiting: the tasks.
-        slots: tasks at once.
-        num_gpus: GPUs of each.
-        keep_going: start all of them, however many fail.
-        bar: shows what has ended.
-    """
-
-    def __init__(
-        self, waiting: list[Task], slots: int, num_gpus: int, keep_going: bool, bar: tqdm
-    ) -> None:
-        self.waiting, self.slots, self.num_gpus, self.bar = waiting, slots, num_gpus, bar
-        self.keep_going = keep_going
-        self.running: dict[int, Task] = {}  # slot → its task
-        self.failed: list[Task] = []
-        self.succeeded = 0
+    waiting: list[Task]
+    slots: int
+    num_gpus: int
+    keep_going: bool
+    bar: tqdm
+    running: dict[int, Task] = field(default_factory=dict)  # slot → its task
+    failed: list[Task] = field(default_factory=list)
+    succeeded: int = 0
 
     def work(self) -> list[Run]:
         """Run the tasks; return those that failed."""
@@ -105,13 +87,13 @@ class _Workers:
             finally:
                 stop(self.running.values(), at_once=lambda: len(signals) > 1)
         if signals:
-            self._say(
+            self.bar.write(
                 f"Stopped by a signal: {len(self.running)} runs were stopped, {len(self.waiting)} "
                 "were not started. The same command goes on from there."
             )
             raise Interrupted
         if self.waiting:
-            self._say(
+            self.bar.write(
                 f"{len(self.waiting)} runs were not started, for the first {len(self.failed)} "
                 "failed for the same reason. --keep-going starts them all the same."
             )
@@ -122,41 +104,29 @@ class _Workers:
             if self.waiting and slot not in self.running and not self._hopeless():
                 task = self.running[slot] = self.waiting.pop(0)
                 task.start(_environment(slot, self.slots, self.num_gpus))
-                self._say(f"{task.run.name}: started ({task.log})")
+                self.bar.write(f"{task.run.name}: started ({task.log})")
 
     def _gather(self) -> None:
-        for slot, task in list(self.running.items()):
-            if task.process.poll() is None:
-                continue
-            del self.running[slot]
+        ended = [slot for slot, task in self.running.items() if task.process.poll() is not None]
+        for task in map(self.running.pop, ended):
             seconds = f"after {time.time() - task.start_time:.0f} s"
             if task.end():
                 self.succeeded += 1
-                self._say(f"{task.run.name}: finished {seconds}")
+                text = f"{task.run.name}: finished {seconds}"
             else:
-                self._tell_failure(task, seconds)
+                code = task.process.returncode
+                text = f"{task.run.name}: FAILED with {code} {seconds} ({task.log})"
+                if task.reason() not in (other.reason() for other in self.failed):
+                    lines = task.last_lines(_SHOWN_LINES)
+                    text = "\n    ".join([f"{text}; its last lines:", *lines])
                 self.failed.append(task)
+            self.bar.write(text)
             self.bar.update()
-
-    def _tell_failure(self, task: Task, seconds: str) -> None:
-        """Print the last lines, unless a run before has failed for the same reason."""
-        text = f"{task.run.name}: FAILED with {task.process.returncode} {seconds} ({task.log})"
-        if task.reason() not in (other.reason() for other in self.failed):
-            text = "\n    ".join([f"{text}; its last lines:", *task.last_lines(_SHOWN_LINES)])
-        self._say(text)
 
     def _hopeless(self) -> bool:
         reasons = {task.reason() for task in self.failed}
         alike = len(self.failed) >= _ALIKE and len(reasons) == 1
         return alike and not self.succeeded and not self.keep_going
-
-    def _say(self, text: str) -> None:
-        self.bar.write(text)
-
-
-def _default_jobs(num_gpus: int) -> int:
-    cores_or_gpus = torch.cuda.device_count() or joblib.cpu_count()
-    return max(1, cores_or_gpus // num_gpus)
 
 
 def _environment(slot: int, jobs: int, num_gpus: int) -> dict[str, str]:
@@ -173,10 +143,7 @@ def _environment(slot: int, jobs: int, num_gpus: int) -> dict[str, str]:
 
 @contextmanager
 def locked(output: str) -> Iterator[Any]:
-    """Keep a second process from running the same sweep; the lock ends with the process.
-
-    Args:
-        output: the folder of the sweep.
+    """Keep a second process from running the sweep in ``output``; ends with the process.
 
     Raises:
         ValueError: if another process works in it.

@@ -4,17 +4,16 @@ import csv
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy import stats
 from tabulate import tabulate
 
 from gn_practical.training.evaluation.curves import read_metrics
-from gn_practical.training.evaluation.results import write_results
+from gn_practical.training.evaluation.results import flat_results, write_results
 from gn_practical.training.sweep.plan import Plan, Run
 from gn_practical.training.sweep.task import is_finished, read_record
 
@@ -23,23 +22,14 @@ _LAST = 0.05  # share of the schedule over which the training loss is averaged
 
 @dataclass(frozen=True)
 class Cell:
-    """One metric of one setting.
+    """One metric of one setting; what has too few seeds is NaN."""
 
-    Attributes:
-        by_seed: seed → value, of the finished runs that have one.
-        mean: over seeds; NaN without any.
-        std: over seeds, with n - 1; NaN with fewer than two.
-        difference: mean difference to the baseline's value of the same seed; NaN without pairs.
-        difference_std: its standard deviation over seeds.
-        p_value: of the paired t-test, two-sided; NaN with fewer than two pairs.
-    """
-
-    by_seed: dict[int, float]
+    by_seed: dict[int, float]  # of the finished runs
     mean: float
-    std: float
-    difference: float = math.nan
-    difference_std: float = math.nan
-    p_value: float = math.nan
+    std: float  # with n - 1
+    difference: float  # mean over seeds, to the baseline's value of the same seed
+    difference_std: float
+    p_value: float  # of the paired t-test, two-sided
 
 
 @dataclass(frozen=True)
@@ -57,53 +47,51 @@ def summarize(plan: Plan) -> list[Row]:
     The metric "train_loss" is the mean of ``total_loss`` over the last twentieth of the iterations;
     any other is looked up in ``results.json``.
 
-    Args:
-        plan: from :func:`gn_practical.training.sweep.read_plan`.
-
     Raises:
         ValueError: if a finished run has no such metric, with those that it has.
     """
-    settings = list({tuple(run.setting.items()): run.setting for run in plan.runs}.values())
-    finished = [run for run in plan.runs if is_finished(run)]
-    values = {
-        metric: {_key(run): _value(run, metric) for run in finished} for metric in plan.metrics
-    }
-    seconds = {_key(run): read_record(run)["seconds"] for run in finished}
-    return [
-        Row(
-            setting,
-            {metric: _cell(plan, setting, values[metric]) for metric in plan.metrics},
-            _mean([seconds[k] for k in seconds if k[0] == tuple(setting.items())]),
-        )
-        for setting in settings
-    ]
+    # setting → seed → metric → value
+    found: dict[tuple[str, ...], dict[int, dict[str, float]]] = {}
+    for run in plan.runs:
+        seeds = found.setdefault(tuple(run.setting.values()), {})
+        if is_finished(run):
+            seeds[run.seed] = {metric: _value(run, metric) for metric in plan.metrics}
+            seeds[run.seed]["seconds"] = read_record(run)["seconds"]
+    rows = []
+    for labels, mine in found.items():
+        setting = dict(zip(plan.axes, labels, strict=True))
+        reference = tuple({**setting, **plan.baseline}.values())
+        other = found.get(reference, {}) if reference != labels else {}
+        cells = {
+            metric: _cell(_column(mine, metric), _column(other, metric)) for metric in plan.metrics
+        }
+        rows.append(Row(setting, cells, _mean_std(_column(mine, "seconds").values())[0]))
+    return rows
 
 
-def results_markdown(plan: Plan, rows: list[Row]) -> str:
+def _markdown(plan: Plan, rows: list[Row]) -> str:
     """The table for people: mean ± standard deviation (number of seeds), difference, p."""
     headers = [*plan.axes]
     for metric in plan.metrics:
-        headers.append(metric.rpartition("/")[2])
-        if plan.baseline:
-            headers += ["difference", "p"]
+        headers += [metric.rpartition("/")[2], *(["difference", "p"] if plan.baseline else [])]
     lines = []
     for row in rows:
         line = [*row.setting.values()]
         for cell in row.cells.values():
-            mean = _spread(cell.mean, cell.std, _digits(cell.mean))
-            line.append(f"{mean} ({len(cell.by_seed)})")
+            digits = 2 if abs(cell.mean) >= 0.1 else 4  # percents two, small losses four
+            line.append(f"{_spread(cell.mean, cell.std, digits)} ({len(cell.by_seed)})")
             if plan.baseline:
-                digits = _digits(cell.mean)
-                line += [_spread(cell.difference, cell.difference_std, digits, "+")]
-                line += [_p(cell.p_value)]
+                line.append(_spread(cell.difference, cell.difference_std, digits, "+"))
+                line.append("-" if math.isnan(cell.p_value) else f"{cell.p_value:.2g}")
         lines.append([*line, "-" if math.isnan(row.seconds) else f"{row.seconds:.0f} s"])
     table = tabulate(lines, [*headers, "time a run"], tablefmt="pipe", disable_numparse=True)
     return f"{table}\n\n{_legend(plan, rows)}\n"
 
 
-def write_tables(plan: Plan, rows: list[Row], output: str) -> None:
-    """Write ``results.md``, ``results.csv`` (one line a run) and ``results.json``."""
-    Path(output, "results.md").write_text(results_markdown(plan, rows), encoding="utf-8")
+def write_tables(plan: Plan, rows: list[Row], output: str) -> str:
+    """Write ``results.md``, ``results.csv`` (one line a run), ``results.json``; return the text."""
+    markdown = _markdown(plan, rows)
+    Path(output, "results.md").write_text(markdown, encoding="utf-8")
     with open(os.path.join(output, "results.csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*plan.axes, "seed", *plan.metrics])
@@ -120,69 +108,40 @@ def write_tables(plan: Plan, rows: list[Row], output: str) -> None:
         for row in rows
     ]
     write_results({"rows": content}, os.path.join(output, "results.json"))
-
-
-def _key(run: Run) -> tuple[tuple[tuple[str, str], ...], int]:
-    return tuple(run.setting.items()), run.seed
+    return markdown
 
 
 def _value(run: Run, metric: str) -> float:
     if metric == "train_loss":
         iterations, losses = read_metrics(os.path.join(run.folder, "metrics.json"))["total_loss"]
         last = iterations[-1] * (1 - _LAST)
-        return _mean([v for i, v in zip(iterations, losses, strict=True) if i >= last])
-    found = json.loads(Path(run.folder, "results.json").read_text(encoding="utf-8"))
-    value: Any = found
-    for part in metric.split("/"):
-        value = value.get(part, {}) if isinstance(value, dict) else {}
-    if isinstance(value, dict):
+        return float(np.mean(losses[np.searchsorted(iterations, last) :]))
+    content = json.loads(Path(run.folder, "results.json").read_text(encoding="utf-8"))
+    values = flat_results(content, with_classes=True)
+    found = {f"{task}/{name}".lstrip("/"): value for task, name, value in values}
+    if metric not in found:
         raise ValueError(
             f"metrics must be in results.json, got {metric} where {run.folder} has "
-            f"{', '.join(_leaves(found))}. Correct the name in the sweep's file."
+            f"{', '.join(found)}. Correct the name in the sweep's file."
         )
-    return math.nan if value is None else float(value)
+    return math.nan if found[metric] is None else float(found[metric])
 
 
-def _leaves(node: dict[str, Any], prefix: str = "") -> list[str]:
-    names: list[str] = []
-    for key, value in node.items():
-        names += _leaves(value, f"{prefix}{key}/") if isinstance(value, dict) else [prefix + key]
-    return names
+def _column(seeds: dict[int, dict[str, float]], metric: str) -> dict[int, float]:
+    return {seed: values[metric] for seed, values in seeds.items()}
 
 
-def _cell(plan: Plan, setting: dict[str, str], values: dict[Any, float]) -> Cell:
-    def of(labels: dict[str, str]) -> dict[int, float]:
-        return {seed: v for (key, seed), v in values.items() if dict(key) == labels}
-
-    mine = of(setting)
-    cell = Cell(mine, _mean(list(mine.values())), _std(list(mine.values())))
-    reference = {**setting, **plan.baseline}
-    if not plan.baseline or reference == setting:
-        return cell
-    other = of(reference)
-    pairs = [seed for seed in mine if seed in other]
-    differences = [mine[seed] - other[seed] for seed in pairs]
-    p_value = math.nan
-    if _std(differences) > 0:
-        p_value = float(stats.ttest_1samp(differences, 0).pvalue)
-    return Cell(mine, cell.mean, cell.std, _mean(differences), _std(differences), p_value)
+def _cell(mine: dict[int, float], other: dict[int, float]) -> Cell:
+    differences = [value - other[seed] for seed, value in mine.items() if seed in other]
+    mean, std = _mean_std(differences)
+    p_value = float(stats.ttest_1samp(differences, 0).pvalue) if std > 0 else math.nan
+    return Cell(mine, *_mean_std(mine.values()), mean, std, p_value)
 
 
-def _reduced(function: Callable[..., Any], values: list[float], least: int, **kwargs: int) -> float:
-    return float(function(values, **kwargs)) if len(values) >= least else math.nan
-
-
-def _mean(values: list[float]) -> float:
-    return _reduced(np.mean, values, 1)
-
-
-def _std(values: list[float]) -> float:
-    return _reduced(np.std, values, 2, ddof=1)
-
-
-def _digits(mean: float) -> int:
-    """Return how many decimals a metric needs: percents two, small losses four."""
-    return 2 if abs(mean) >= 0.1 else 4
+def _mean_std(values: Collection[float]) -> tuple[float, float]:
+    array = np.array(list(values))
+    mean = float(array.mean()) if len(array) else math.nan
+    return mean, float(array.std(ddof=1)) if len(array) > 1 else math.nan
 
 
 def _spread(mean: float, std: float, digits: int, sign: str = "") -> str:
@@ -190,10 +149,6 @@ def _spread(mean: float, std: float, digits: int, sign: str = "") -> str:
         return "-"
     spread = "" if math.isnan(std) else f" ± {std:.{digits}f}"
     return f"{mean:{sign}.{digits}f}{spread}"
-
-
-def _p(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2g}"
 
 
 def _legend(plan: Plan, rows: list[Row]) -> str:

@@ -24,12 +24,7 @@ class Task:
     """A run and its process; what it prints is in ``console.log``, how it ended in ``run.json``.
 
     Calling it starts the process and waits for it: so a cluster's job does. A task that has not
-    been started can be pickled.
-
-    Args:
-        plan: of the sweep.
-        run: one of its runs.
-        num_gpus: GPUs, or CPU processes, of the run.
+    been started can be pickled. ``num_gpus`` are GPUs, or CPU processes, of the run.
     """
 
     def __init__(self, plan: Plan, run: Run, num_gpus: int) -> None:
@@ -58,11 +53,7 @@ class Task:
             )
 
     def start(self, environment: dict[str, str] | None = None) -> None:
-        """Start the process, which ends with this one.
-
-        Args:
-            environment: of the process; this one's if None.
-        """
+        """Start the process, in this one's environment if it is None; it ends with this one."""
         os.makedirs(self.run.folder, exist_ok=True)
         self.before, self.start_time = read_record(self.run).get("seconds", 0.0), time.time()
         self._write_record(finished=False)
@@ -115,13 +106,8 @@ class Task:
 
 
 def stop(tasks: Collection[Task], at_once: Callable[[], bool] = lambda: False) -> None:
-    """Ask tasks that run to save and leave, wait for them, and kill those that have not.
-
-    Args:
-        tasks: all of them are asked at the same time, once: a second signal would end them.
-        at_once: asked while they save; True kills them.
-    """
-    for task in tasks:
+    """Ask tasks that run to save and leave; kill those that have not in time, or ``at_once``."""
+    for task in tasks:  # once: a second signal would end them
         task.process.terminate()
     end = time.monotonic() + _SAVE_S
     # Not by wait(): a cluster's signal may have interrupted a poll(), whose lock it waits for.

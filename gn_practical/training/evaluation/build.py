@@ -19,7 +19,7 @@ Builder = Callable[[CfgNode, str, str], list[DatasetEvaluator]]
 
 
 def build_evaluator(
-    cfg: CfgNode, dataset_name: str, output_dir: str | None = None
+    cfg: CfgNode, dataset_name: str, output_folder: str | None = None
 ) -> DatasetEvaluator:
     """Build what measures a model on a data set, by the data set's ``evaluator_type``.
 
@@ -27,7 +27,7 @@ def build_evaluator(
     them. "lvis", "cityscapes_instance", "cityscapes_sem_seg", "pascal_voc": Detectron2's own
     evaluators. With ``cfg.TEST.NUM_PICTURES``, pictures are drawn in the same pass.
 
-    Pictures go to ``cfg.OUTPUT_DIR/pictures``, predictions to ``output_dir``, by default
+    Pictures go to ``cfg.OUTPUT_DIR/pictures``, predictions to ``output_folder``, by default
     ``cfg.OUTPUT_DIR/inference``. Of several data sets in ``cfg.DATASETS.TEST``, each has a
     sub-folder of its own in these two of ``cfg.OUTPUT_DIR``.
 
@@ -39,8 +39,8 @@ def build_evaluator(
         >>> evaluator = build_evaluator(get_cfg(), "coco_2017_val")  # doctest: +SKIP
     """
     folder = [dataset_name] if len(cfg.DATASETS.TEST) > 1 else []
-    if output_dir is None:
-        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", *folder)
+    if output_folder is None:
+        output_folder = os.path.join(cfg.OUTPUT_DIR, "inference", *folder)
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind not in BUILDERS:
         raise ValueError(
@@ -48,37 +48,37 @@ def build_evaluator(
             f"evaluator_type={kind}. Set it with MetadataCatalog.get({dataset_name!r})"
             ".set(evaluator_type=...), or override build_evaluator."
         )
-    evaluators = BUILDERS[kind](cfg, dataset_name, output_dir)
+    evaluators = BUILDERS[kind](cfg, dataset_name, output_folder)
     if cfg.TEST.get("NUM_PICTURES", 0) > 0:
         pictures_dir = os.path.join(cfg.OUTPUT_DIR, "pictures", *folder)
         evaluators.append(PictureEvaluator(dataset_name, pictures_dir, cfg.TEST.NUM_PICTURES))
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 
 
-def _coco(cfg: CfgNode, dataset_name: str, output_dir: str) -> list[DatasetEvaluator]:
+def _coco(cfg: CfgNode, dataset_name: str, output_folder: str) -> list[DatasetEvaluator]:
     if "proposals" in architecture(cfg.MODEL.META_ARCHITECTURE).predicts:
-        return [COCOEvaluator(dataset_name, output_dir=output_dir)]
+        return [COCOEvaluator(dataset_name, output_folder=output_folder)]
     sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
-    return [CocoEvaluator(dataset_name, output_dir, kpt_oks_sigmas=sigmas)]
+    return [CocoEvaluator(dataset_name, output_folder, kpt_oks_sigmas=sigmas)]
 
 
-def _panoptic(cfg: CfgNode, dataset_name: str, output_dir: str) -> list[DatasetEvaluator]:
+def _panoptic(cfg: CfgNode, dataset_name: str, output_folder: str) -> list[DatasetEvaluator]:
     predicted = architecture(cfg.MODEL.META_ARCHITECTURE).predicts
     metadata = MetadataCatalog.get(dataset_name)
     evaluators: list[DatasetEvaluator] = []
     # The "standard" panoptic format of Detectron2 has neither label nor, perhaps, instance files.
     if "sem_seg" in predicted and metadata.get("sem_seg_root"):
-        evaluators.append(SemSegEvaluator(dataset_name, output_dir))
+        evaluators.append(SemSegEvaluator(dataset_name, output_folder))
     if predicted & {"instances", "proposals"} and metadata.get("json_file"):
-        evaluators += _coco(cfg, dataset_name, output_dir)
+        evaluators += _coco(cfg, dataset_name, output_folder)
     if "panoptic" in predicted and cfg.MODEL.PANOPTIC_FPN.COMBINE.ENABLED:
-        evaluators.append(PanopticEvaluator(dataset_name, output_dir))
+        evaluators.append(PanopticEvaluator(dataset_name, output_folder))
     return evaluators
 
 
 def _by_detectron2(name: str, cfg: CfgNode, dataset_name: str, folder: str) -> list:
     # By name, so that lvis and cityscapesscripts are imported where they are needed only.
-    options = {"output_dir": folder} if name == "LVISEvaluator" else {}
+    options = {"output_folder": folder} if name == "LVISEvaluator" else {}
     return [getattr(evaluation, name)(dataset_name, **options)]
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +18,7 @@ from detectron2.utils import comm
 from detectron2.utils.colormap import colormap
 from detectron2.utils.events import get_event_storage, has_event_storage
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.visualizer import ColorMode, Visualizer
+from detectron2.utils.visualizer import ColorMode, GenericMask, VisImage, Visualizer
 from PIL import Image
 
 from gn_practical.training.data.coco_format import rgb_to_id
@@ -90,7 +91,7 @@ class PictureEvaluator(DatasetEvaluator):
         pixels = read_image(image["file_name"], format="RGB")
         scale = float(np.clip(pixels.shape[1], *_PANEL_WIDTH)) / pixels.shape[1]
         prediction, truth = (
-            Visualizer(pixels, with_colors(self._metadata), scale, ColorMode.SEGMENTATION)
+            _Visualizer(pixels, with_colors(self._metadata), scale, ColorMode.SEGMENTATION)
             for _ in range(2)
         )
         title = "prediction"
@@ -144,6 +145,31 @@ class PictureEvaluator(DatasetEvaluator):
     def _panoptic_annotations(self) -> dict[Any, dict]:
         with PathManager.open(self._metadata.panoptic_json) as f:
             return {a["image_id"]: a for a in json.load(f)["annotations"]}
+
+
+class _Visualizer(Visualizer):
+    """Detectron2's, but for the holes of things, which it fills."""
+
+    def overlay_instances(
+        self,
+        *,
+        masks: Sequence[Any] | None = None,
+        labels: Sequence[str] | None = None,
+        assigned_colors: Sequence[Any] | None = None,
+        alpha: float = 0.5,
+        **others: Any,
+    ) -> VisImage:
+        """Draw masks as they are, the large ones first, and boxes and keypoints as Detectron2."""
+        if masks is None or len(masks) == 0:
+            style = {"labels": labels, "assigned_colors": assigned_colors, "alpha": alpha}
+            return super().overlay_instances(**style, **others)
+        size = self.output.height, self.output.width
+        masks = [m if isinstance(m, GenericMask) else GenericMask(m, *size) for m in masks]
+        for i in sorted(range(len(masks)), key=lambda i: -masks[i].area()):
+            color = None if assigned_colors is None else assigned_colors[i]
+            text = None if labels is None else labels[i]
+            self.draw_binary_mask(masks[i].mask, color, text=text, alpha=alpha)
+        return super().overlay_instances(assigned_colors=assigned_colors, **others)
 
 
 def with_colors(metadata: Metadata) -> Metadata:

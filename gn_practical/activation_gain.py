@@ -11,6 +11,7 @@ where group normalization places its output, before n_in in the ideal number of 
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ def activation_gain(activation: Activation, sigma: float = 1.0) -> tuple[float, 
         )
     name, function = resolve_activation(activation)
     with torch.device("cpu"):  # also while a model is built on another device
-        moments = _gaussian_moments(lambda z: _squares(name, function, z), sigma)
+        moments = _gaussian_moments(partial(elementwise_squares, name, function), sigma)
     forward, backward = moments[0] / sigma**2, moments[1]
     if backward == 0:
         raise ValueError(
@@ -132,28 +133,16 @@ def resolve_activation(activation: Activation) -> tuple[str, Callable[[Tensor], 
     return getattr(activation, "__name__", repr(activation)), activation
 
 
-def elementwise_squares(activation: Activation, z: Tensor) -> Tensor:
-    """Return f(z)² and f'(z)² for every z.
-
-    Args:
-        activation: as for :func:`activation_gain`.
-        z: points.
-
-    Shape:
-        z: (N,), output (2, N).
+def elementwise_squares(name: str, function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """Return f(z)² and f'(z)² for every z, (2, N) for (N,), of a :func:`resolve_activation`.
 
     Raises:
         ValueError: as :func:`activation_gain`.
 
     Example:
-        >>> elementwise_squares("relu", torch.tensor([-2.0, 3.0])).tolist()
+        >>> elementwise_squares("relu", torch.relu, torch.tensor([-2.0, 3.0])).tolist()
         [[0.0, 9.0], [0.0, 1.0]]
     """
-    return _squares(*resolve_activation(activation), z)
-
-
-def _squares(name: str, function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """Return f(z)² and f'(z)², stacked in front."""
     with torch.enable_grad():
         leaf = z.detach().requires_grad_()
         value = function(leaf + 0)  # not the leaf itself: in-place activations are welcome

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gn_practical.analysis import Row, format_rows, save_rows
+from gn_practical.analysis import Row, format_rows
 from gn_practical.analysis.recorder import BlockAudit
 
 # What the text shows of a block; the files hold everything.
@@ -48,7 +48,7 @@ def save_audit(rows: Sequence[BlockAudit], folder: str | Path, about: dict[str, 
     (folder / "audit.txt").write_text(text, encoding="utf-8")
     content = {**about, "blocks": records}
     (folder / "audit.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    save_rows(records, folder / "audit.csv")
+    (folder / "audit.csv").write_text(format_rows(records, "csv"), encoding="utf-8")
     model = Path(about.get("config_file", "model")).stem
     weights = about.get("weights") or "random"
     plot_audit(rows, folder / "audit.png", f"{model}, weights: {weights}")

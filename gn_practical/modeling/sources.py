@@ -168,8 +168,8 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", "").strip("_")
-        inputs = list(_tensors((args, kwargs)))
-        outputs = inputs[:1] if name == "setitem" else list(_tensors(result))
+        inputs = list(tensors((args, kwargs)))
+        outputs = inputs[:1] if name == "setitem" else list(tensors(result))
         if name in _MIXING:
             sources = self._mixed(inputs)
         else:
@@ -195,7 +195,7 @@ class _Watch(TorchFunctionMode):
 
     def _before(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            inputs = list(_tensors((args, kwargs)))[:1]
+            inputs = list(tensors((args, kwargs)))[:1]
             for tensor in inputs:
                 if tensor not in self._numbers:
                     self._numbers[tensor] = next(self._count)
@@ -211,22 +211,22 @@ class _Watch(TorchFunctionMode):
 
         def hook(module: nn.Module, args: tuple, kwargs: dict, result: Any) -> None:
             _, number = self._running.pop()
-            outputs = list(_tensors(result))
+            outputs = list(tensors(result))
             if path in self._layers and leaf:  # whatever it ran
                 self._mark(outputs, frozenset({Source(path, number)}))
             elif leaf:  # may have run a function that torch does not show
                 hidden = [t for t in outputs if t not in self._sources]
-                self._mark(hidden, self._of(_tensors((args, kwargs))))
+                self._mark(hidden, self._of(tensors((args, kwargs))))
 
         return hook
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def tensors(values: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested tuples, lists and dicts."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, dict):
-        yield from _tensors(tuple(values.values()))
+        yield from tensors(tuple(values.values()))
     elif isinstance(values, tuple | list):
         for value in values:
-            yield from _tensors(value)
+            yield from tensors(value)

@@ -11,6 +11,7 @@ weight layer (attention). Left out: a factor that is broadcast over the features
 import copy
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -48,19 +49,12 @@ class Feed(NamedTuple):
     in_channels: int
 
 
-class Observation(NamedTuple):
-    """What a run showed: each norm's sources, call by call, and when each module ran first."""
-
-    calls: dict[str, list[frozenset[Source]]]
-    order: dict[str, int]
-
-
 def observe(
     model: nn.Module,
     run: Callable[[nn.Module], Any],
     layers: Iterable[str],
     norms: Container[str],
-) -> Observation:
+) -> tuple[dict[str, list[frozenset[Source]]], dict[str, int]]:
     """Run a copy of a model once, in evaluation mode, and see what feeds its norms.
 
     The copy shares the model's parameters and has its own buffers, so the run leaves nothing
@@ -71,6 +65,9 @@ def observe(
         run: runs the copy that it is given.
         layers: paths of the weight layers.
         norms: paths of the norms; in the copy they run with one group, bound or not.
+
+    Returns:
+        Each norm's sources, call by call, and when each module ran first.
     """
     shadow = _copy(model)
     modules = dict(shadow.named_modules())
@@ -82,7 +79,7 @@ def observe(
     watch = _Watch(modules, set(layers), norms)
     with torch.random.fork_rng(devices), torch.no_grad(), watch:
         run(shadow)
-    return Observation(watch.calls, watch.order)
+    return watch.calls, watch.order
 
 
 def combine(
@@ -149,12 +146,10 @@ class _Watch(TorchFunctionMode):
 
     def __enter__(self) -> "_Watch":
         for path, module in self._modules.items():
-            hooks = (
-                module.register_forward_pre_hook(self._before(path), with_kwargs=True),
-                module.register_forward_hook(self._after(path), with_kwargs=True, always_call=True),
-            )
-            for hook in hooks:
-                self._hooks.callback(hook.remove)
+            before, after = partial(self._before, path), partial(self._after, path)
+            attach = self._hooks.enter_context  # a handle is a context that removes its hook
+            attach(module.register_forward_pre_hook(before, with_kwargs=True))
+            attach(module.register_forward_hook(after, with_kwargs=True, always_call=True))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -193,32 +188,26 @@ class _Watch(TorchFunctionMode):
             if sources and tensor.is_floating_point():
                 self._sources[tensor] = sources
 
-    def _before(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            inputs = list(tensors((args, kwargs)))[:1]
-            for tensor in inputs:
-                if tensor not in self._numbers:
-                    self._numbers[tensor] = next(self._count)
-            self._running.append((path, self._numbers[inputs[0]] if inputs else 0))
-            self.order.setdefault(path, len(self.order))
-            if path in self._norms:
-                self.calls.setdefault(path, []).append(self._of(inputs))
+    def _before(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs = list(tensors((args, kwargs)))[:1]
+        for tensor in inputs:
+            if tensor not in self._numbers:
+                self._numbers[tensor] = next(self._count)
+        self._running.append((path, self._numbers[inputs[0]] if inputs else 0))
+        self.order.setdefault(path, len(self.order))
+        if path in self._norms:
+            self.calls.setdefault(path, []).append(self._of(inputs))
 
-        return hook
-
-    def _after(self, path: str) -> Callable[..., None]:
-        leaf = not any(self._modules[path].children())
-
-        def hook(module: nn.Module, args: tuple, kwargs: dict, result: Any) -> None:
-            _, number = self._running.pop()
-            outputs = list(tensors(result))
-            if path in self._layers and leaf:  # whatever it ran
-                self._mark(outputs, frozenset({Source(path, number)}))
-            elif leaf:  # may have run a function that torch does not show
-                hidden = [t for t in outputs if t not in self._sources]
-                self._mark(hidden, self._of(tensors((args, kwargs))))
-
-        return hook
+    def _after(self, path: str, module: nn.Module, args: tuple, kwargs: dict, result: Any) -> None:
+        _, number = self._running.pop()
+        if any(module.children()):
+            return
+        outputs = list(tensors(result))
+        if path in self._layers:  # whatever it ran
+            self._mark(outputs, frozenset({Source(path, number)}))
+        else:  # may have run a function that torch does not show
+            hidden = [t for t in outputs if t not in self._sources]
+            self._mark(hidden, self._of(tensors((args, kwargs))))
 
 
 def tensors(values: Any) -> Iterator[Tensor]:

@@ -36,16 +36,12 @@ def convert_to_ws(model: nn.Module, exclude: Sequence[str] = ()) -> list[str]:
     _check_patterns(exclude, [p.path for p in producers])
     chosen = [p for p in producers if not any(fnmatchcase(p.path, x) for x in exclude)]
     _raise_inconvertible(chosen)
-    for producer in chosen:
-        if not isinstance(producer.layer, WSConv2d):
-            _convert(producer.layer)
+    for conv in (producer.layer for producer in chosen):
+        if type(conv) is nn.Conv2d:
+            conv.norm = conv.activation = None  # what detectron2.layers.Conv2d has besides
+        if not isinstance(conv, WSConv2d):
+            conv.__class__ = WSConv2d
     return [producer.path for producer in chosen]
-
-
-def _convert(conv: nn.Conv2d) -> None:
-    if type(conv) is nn.Conv2d:
-        conv.norm = conv.activation = None  # what detectron2.layers.Conv2d has besides
-    conv.__class__ = WSConv2d
 
 
 def _check_patterns(exclude: Sequence[str], paths: list[str]) -> None:

@@ -57,7 +57,7 @@ def register_norm(name: str, factory: NormFactory) -> None:
     if not name or name in _DETECTRON2 or _factories.get(name, factory) is not factory:
         raise ValueError(
             f"name must be one that no other norm has, got name={name!r}. Known are "
-            f"{', '.join(_known_names())}. Choose another name."
+            f"{', '.join([*_DETECTRON2, *_factories])}. Choose another name."
         )
     _factories[name] = factory
     register_pgn()
@@ -108,7 +108,7 @@ def _wrap(previous: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _explain(norm: str) -> str:
-    known = _known_names()
+    known = [*_DETECTRON2, *_factories]
     close = get_close_matches(norm, known, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     return (
@@ -117,26 +117,15 @@ def _explain(norm: str) -> str:
     )
 
 
-def _known_names() -> list[str]:
-    return [*_DETECTRON2, *_factories]
-
-
 def _holders() -> list[tuple[ModuleType, str, Callable[..., Any]]]:
     """List the globals of all modules that hold ``get_norm``: Detectron2's, its successor, ours."""
     present = {id(f) for f in (batch_norm.get_norm, layers.get_norm, *_replaced)}
+    original = "get_norm", batch_norm.__name__  # others may have replaced it in some modules only
     return [
         (module, name, value)
         for module in list(sys.modules.values())
         if isinstance(module, ModuleType)
         for name, value in list(vars(module).items())
-        if id(value) in present or _is_detectron2s(value)
+        if id(value) in present
+        or (type(value) is FunctionType and (value.__qualname__, value.__module__) == original)
     ]
-
-
-def _is_detectron2s(value: object) -> bool:
-    """Whether it is the original, which others may have replaced in some modules only."""
-    return (
-        type(value) is FunctionType  # isinstance would ask the value, which may warn
-        and value.__qualname__ == "get_norm"
-        and value.__module__ == batch_norm.__name__
-    )

@@ -106,10 +106,6 @@ def resolve_activation(activation: Activation) -> tuple[str, Callable[[Tensor], 
 
     Raises:
         ValueError: for an unknown name or something that is not callable.
-
-    Example:
-        >>> resolve_activation("tanh")[0]
-        'tanh'
     """
     if isinstance(activation, str) and activation.lower() in ACTIVATIONS:
         return activation.lower(), ACTIVATIONS[activation.lower()]

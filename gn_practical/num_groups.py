@@ -141,12 +141,9 @@ def resolve_num_groups(
 ) -> int:
     """Return the number of groups that a choice means for one layer.
 
-    Args:
-        choice: a rule in ``RULES`` by its name, "practical" for the paper's, "instance" or -1 for
-            as many groups as channels, or the number itself, as an int or text.
-        in_channels: n_in of the weight layer.
-        out_channels: n_out of the weight layer, the channels of the norm.
-        gain_ratio: r = F / B of the activation at unit variance; 1 for ReLU.
+    A choice is a rule in ``RULES`` by its name, "practical" for the paper's, "instance" or -1 for
+    as many groups as channels, or the number itself, as an int or text. The other arguments are
+    those of :func:`practical_num_groups`.
 
     Raises:
         ValueError: for an unknown choice. Whether a number divides is :func:`check_num_groups`.
@@ -169,11 +166,7 @@ def resolve_num_groups(
 
 
 def check_rule(rule: str) -> None:
-    """Raise ValueError unless ``rule`` is a name in ``RULES``.
-
-    Example:
-        >>> check_rule("paper")
-    """
+    """Raise ValueError unless ``rule`` is a name in ``RULES``."""
     if rule not in RULES:
         raise ValueError(
             f"rule must be one of {', '.join(RULES)}, got rule={rule!r}. Choose among these."
@@ -181,11 +174,7 @@ def check_rule(rule: str) -> None:
 
 
 def check_num_groups(num_groups: int, num_channels: int) -> None:
-    """Raise ValueError unless ``num_groups`` is a positive divisor of ``num_channels``.
-
-    Example:
-        >>> check_num_groups(32, 256)
-    """
+    """Raise ValueError unless ``num_groups`` is a positive divisor of ``num_channels``."""
     _check_positive("num_groups", num_groups)
     if num_channels % num_groups:
         choice = ", ".join(map(str, _divisors(num_channels)))

@@ -15,22 +15,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "50000")
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
-_EPILOG = """
-Examples:
-
-  python tools/audit_isometry.py --config-file configs/pfpn_pgn_all.yaml --synthetic \\
-      MODEL.WEIGHTS "" MODEL.DEVICE cpu
-
-  What if the groups were others, on your own data, from a checkpoint:
-    python tools/audit_isometry.py --config-file configs/faster_rcnn_gn_ws_pgn.yaml \\
-        --groups practical exact 32 1 instance \\
-        MODEL.WEIGHTS output/faster_rcnn_gn_ws_pgn/model_final.pth \\
-        DATASETS.COCO_INSTANCES '[("my_train", "images", "train.json")]' \\
-        DATASETS.TRAIN '("my_train",)' MODEL.ROI_HEADS.NUM_CLASSES 3
+_EPILOG = """example: python tools/audit_isometry.py --config-file configs/pfpn_pgn_all.yaml \\
+    --synthetic --groups practical 32 1 MODEL.WEIGHTS "" MODEL.DEVICE cpu
 
 The weights are those of MODEL.WEIGHTS, from which training would start; MODEL.WEIGHTS "" gives
-random ones. Results: OUTPUT_DIR/audit/audit.txt, .json, .csv and .png.
-"""
+random ones. Results: OUTPUT_DIR/audit/audit.txt, .json, .csv and .png. More in docs/audit.md."""
 
 
 def parse_args() -> argparse.Namespace:

@@ -18,8 +18,8 @@ from gn_practical.num_groups import resolve_num_groups
 class UnitBlock(NamedTuple):
     """A group norm and the weight layer that feeds it, each with its path in the model.
 
-    ``layer`` is None where it is not known or not one layer; ``in_channels`` too, unless the norm
-    was told. ``gain_ratio`` is F / B of the activation that the norm was bound for.
+    ``layer`` is None where it is not known or not one layer, ``in_channels`` where it is not known;
+    ``gain_ratio`` is F / B of the activation that the norm was bound for.
     """
 
     path: str
@@ -103,11 +103,7 @@ def choose_groups(choice: str | int, blocks: Sequence[UnitBlock]) -> list[int]:
 
 
 def check_in_channels(blocks: Sequence[UnitBlock]) -> None:
-    """Raise ValueError, with their paths, if there are blocks whose input channels are not known.
-
-    Example:
-        >>> check_in_channels([])
-    """
+    """Raise ValueError, with their paths, for blocks whose input channels are not known."""
     unknown = [block.path for block in blocks if block.in_channels is None]
     if unknown:
         raise ValueError(

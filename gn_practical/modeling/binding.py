@@ -65,12 +65,7 @@ class BoundTo(NamedTuple):
 
 
 def bound_to(norm: nn.Module) -> BoundTo:
-    """Return what a norm was bound to; the defaults for one bound by hand, or of another kind.
-
-    Example:
-        >>> bound_to(nn.GroupNorm(1, 8)).rule
-        'paper'
-    """
+    """Return what a norm was bound to; the defaults for one bound by hand, or of another kind."""
     return getattr(norm, "bound_to", BoundTo())
 
 
@@ -94,10 +89,9 @@ def bind_group_norms(
 
     With them a copy of the model runs once, and each norm that runs is bound to the layers whose
     outputs its input is made of, whatever the modules look like; the model is left as it was.
-    Where several layers feed a norm, by concatenation (DenseNet) or by sums (a residual stream),
-    they count as the one layer that they form: n_out is the norm's channels, and n_in the
-    channels of all their inputs, an input that they share once. With He's weights K, taken over
-    all these inputs, is then Eq. 31. Norms that do not run keep what the modules tell.
+    Several layers that feed a norm, by concatenation (DenseNet) or by sums (a residual stream),
+    count as the one layer that they form: n_in is the channels of all their inputs, an input that
+    they share once. Norms that do not run keep what the modules tell.
 
     Args:
         model: any module; Detectron2's, torchvision's or your own.
@@ -166,18 +160,23 @@ def group_norm_bindings(model: nn.Module) -> list[GroupNormBinding]:
         >>> group_norm_bindings(model) == table
         True
     """
-    return [_describe(path, norm) for path, norm in _norms(model).items() if norm.in_channels]
+    rows = []
+    for path, norm in _norms(model).items():
+        n_in, n_out, groups = norm.in_channels, norm.num_channels, norm.num_groups
+        if n_in:
+            _, rule, ratio = bound_to(norm)
+            producer = ", ".join(producer_paths(path, norm))
+            ideal = float(RULES[rule](n_in, n_out, ratio))
+            paper = gradient_variance_ratio(n_in, n_out, groups, ratio)
+            rows.append(GroupNormBinding(path, producer, n_in, n_out, rule, ideal, groups, paper))
+    return rows
 
 
 def find_producers(model: nn.Module) -> list[Producer]:
     """List the norms of a model with the weight layer that feeds each, where the modules tell.
 
-    Norms of any kind are listed: batch, group and layer norms, Detectron2's and torch's. A norm
-    is left out where the layer before it has other channels, where another norm claims the same
-    layer, or where the norm, shared, claims several.
-
-    Args:
-        model: any module.
+    Norms of any kind are listed. A norm is left out where the layer before it has other channels,
+    where another norm claims the same layer, or where the norm, shared, claims several.
     """
     claims = list(dict.fromkeys(_claims(model)))  # two parents may make the same
     norms, layers = Counter(c.norm_path for c in claims), Counter(c.path for c in claims)
@@ -185,12 +184,7 @@ def find_producers(model: nn.Module) -> list[Producer]:
 
 
 def producer_paths(norm_path: str, norm: nn.Module) -> list[str]:
-    """Return the paths of the weight layers that a norm was bound to.
-
-    Args:
-        norm_path: path of the norm now; the model may be part of another since it was bound.
-        norm: any norm; of one that is not bound there are none.
-    """
+    """Return the paths of the weight layers that a norm, now at ``norm_path``, was bound to."""
     ways = bound_to(norm).producers
     return [normpath(join(_folders(norm_path), way))[1:].replace("/", ".") for way in ways]
 
@@ -256,21 +250,6 @@ def _find_feeds(
 def _folders(path: str) -> str:
     """Turn the path of a module into that of a file, whose ways to others posixpath knows."""
     return "/" + path.replace(".", "/")
-
-
-def _describe(path: str, norm: BindableNorm) -> GroupNormBinding:
-    channels = (norm.in_channels, norm.num_channels)
-    _, rule, gain_ratio = bound_to(norm)
-    return GroupNormBinding(
-        norm=path,
-        producer=", ".join(producer_paths(path, norm)),
-        in_channels=norm.in_channels,
-        out_channels=norm.num_channels,
-        rule=rule,
-        ideal_num_groups=float(RULES[rule](*channels, gain_ratio)),
-        num_groups=norm.num_groups,
-        gradient_variance_ratio=gradient_variance_ratio(*channels, norm.num_groups, gain_ratio),
-    )
 
 
 def _match(entries: PatternValues, norms: dict[str, Any], name: str) -> dict[str, int]:

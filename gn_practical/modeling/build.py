@@ -21,7 +21,7 @@ from gn_practical.modeling.fusion import fuse_norms
 def build_model(cfg: CfgNode) -> nn.Module:
     """Build the model of a config, bind its "PGN" norms and standardize weights where asked.
 
-    Logs the table of the groups. See :func:`bind_model` for what it reads from the config.
+    Logs the table of the groups.
 
     Args:
         cfg: a Detectron2 config with the keys of :func:`gn_practical.add_pgn_config`.
@@ -84,10 +84,7 @@ def bind_model(model: nn.Module, cfg: CfgNode) -> list[GroupNormBinding]:
 
 
 def _run_backbone(model: nn.Module) -> None:
-    """Run the backbone on the meta device, without memory or arithmetic, as far as it goes.
-
-    The heads need proposals, which have no shape before they have values.
-    """
+    """Run the backbone on the meta device; the heads need proposals, which have no shape there."""
     try:
         backbone = model.backbone.to("meta")
         square = backbone.padding_constraints.get("square_size", 0)

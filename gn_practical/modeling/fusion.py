@@ -1,12 +1,9 @@
 """Norm, residual sum and ReLU of a built model as one operator, by a rewrite in place.
 
-Detectron2 and torchvision apply the ReLU after a norm in three places: ``Conv2d.activation``, the
-ResNet blocks with their residual sum, and ``nn.Sequential``. Where one of these has the structure
-known here, its class becomes a subclass whose forward calls ``norm(x, residual, relu=True)``.
-Modules, parameters and state-dict keys stay what they are, and anything else is left untouched. A
-flag on the norm would do with fewer classes, but not for a norm or a ReLU that is used twice.
-
-While a hook watches a part, the parts run one by one, so hooks see what they always did.
+Where ``Conv2d.activation``, a ResNet block or ``nn.Sequential`` has the structure known here, its
+class becomes a subclass whose forward calls ``norm(x, residual, relu=True)``. Modules, parameters
+and state-dict keys stay what they are. A flag on the norm would do with fewer classes, but not for
+a norm or a ReLU that is used twice. While a hook watches a part, the parts run one by one.
 """
 
 import logging

@@ -1,9 +1,8 @@
 """Norm types for Detectron2's ``get_norm``. The project's only monkeypatch.
 
-``detectron2.layers.get_norm`` looks its argument up in a dict that is closed to extensions, and a
-dozen modules of Detectron2 import the function by name. So every module that holds it, under
-whatever name, gets a function in its place that knows the registered names and asks the one that
-was there for all others. That one may be another extension's: each is wrapped by itself.
+``detectron2.layers.get_norm`` knows a closed dict, and a dozen modules import the function by name.
+So every module that holds it, under whatever name, gets a function in its place that knows the
+registered names and asks the one that was there for all others, which may be another extension's.
 """
 
 import functools

@@ -57,17 +57,9 @@ def observe(
 ) -> tuple[dict[str, list[frozenset[Source]]], dict[str, int]]:
     """Run a copy of a model once, in evaluation mode, and see what feeds its norms.
 
-    The copy shares the model's parameters and has its own buffers, so the run leaves nothing
-    behind; the state of torch's random numbers is restored.
-
-    Args:
-        model: any module.
-        run: runs the copy that it is given.
-        layers: paths of the weight layers.
-        norms: paths of the norms; in the copy they run with one group, bound or not.
-
-    Returns:
-        Each norm's sources, call by call, and when each module ran first.
+    Returns each norm's sources, call by call, and when each module ran first. The copy shares the
+    model's parameters and has its own buffers, so the run leaves nothing behind; the state of
+    torch's random numbers is restored. In the copy norms run with one group, bound or not.
     """
     shadow = _copy(model)
     modules = dict(shadow.named_modules())
@@ -88,12 +80,8 @@ def combine(
     """Return the one layer that all sources of a norm form, or why they form none.
 
     Concatenated or summed, the outputs of several layers are that of one layer whose input is all
-    of theirs together.
-
-    Args:
-        calls: the sources of each call of the norm.
-        layers: input and output channels of the weight layers.
-        num_channels: of the norm.
+    of theirs together. ``calls`` are the sources of each call of the norm, ``layers`` the input and
+    output channels of the weight layers.
     """
     feeds: dict[int, dict[str, None]] = {}  # n_in -> paths of the layers
     for sources in calls:

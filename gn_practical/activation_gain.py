@@ -18,23 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_SAME_NAME = (
+    *("relu", "leaky_relu", "elu", "selu", "gelu", "silu", "mish", "softplus", "tanh", "sigmoid"),
+    *("relu6", "hardtanh", "hardswish", "softsign"),
+)
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,  # slope 0.01
+    **{name: getattr(F, name) for name in _SAME_NAME},  # leaky_relu: slope 0.01
     "prelu": lambda z: F.leaky_relu(z, 0.25),  # at its initial slope
-    "elu": F.elu,
-    "selu": F.selu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "mish": F.mish,
-    "softplus": F.softplus,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
     "identity": lambda z: z,
-    "relu6": F.relu6,
-    "hardtanh": F.hardtanh,
-    "hardswish": F.hardswish,
-    "softsign": F.softsign,
 }
 Activation = str | Callable[[Tensor], Tensor]
 

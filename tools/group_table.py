@@ -4,11 +4,10 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 
 # Before PyTorch is loaded: threads that wait long for each other stall where a core is taken.
 os.environ.setdefault("GOMP_SPINCOUNT", "50000")
-
-FORMATS = ("text", "md", "csv", "json")
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,7 +26,8 @@ def parse_args() -> argparse.Namespace:
         metavar="CHOICE",
         help="practical, exact, instance, model or numbers (default: practical exact 32 1)",
     )
-    parser.add_argument("--format", choices=FORMATS, default="text", help="(default: text)")
+    formats = ("text", "md", "csv", "json")
+    parser.add_argument("--format", choices=formats, default="text", help="(default: text)")
     parser.add_argument("--output", metavar="FILE", help="write there instead")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
     args = parser.parse_args()
@@ -55,15 +55,13 @@ def main() -> None:
         with torch.device("meta"):
             model = build_model(cfg)
         rows = group_table(model, args.groups)
-        if args.format == "text":
-            rows = reading_columns(rows)
+        rows = reading_columns(rows) if args.format == "text" else rows
         text = format_rows(rows, args.format, width=100)
         if not args.output:
             print(text, end="")
             return
         try:
-            with open(args.output, "w", encoding="utf-8") as file:
-                file.write(text)
+            Path(args.output).write_text(text, encoding="utf-8")
         except OSError as error:
             raise ValueError(f"output must be a file that can be written, got {error}.") from error
 

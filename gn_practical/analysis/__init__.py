@@ -48,14 +48,12 @@ def _fit(rows: Sequence[Row], width: int) -> str:
     table = [[([""] * high + title)[-high:][line] for title in titles] for line in range(high)]
     table += [[_cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    table.insert(high, ["-" * wide for wide in widths])
     room = min(widths[0], width - sum(wide + 2 for wide in widths[1:]))
-    lines = []
-    for name, *cells in table:
-        name = name if len(name) <= room or set(name) == {"-"} else f"…{name[1 - room :]}"
-        numbers = (cell.rjust(wide) for cell, wide in zip(cells, widths[1:], strict=True))
-        lines.append("  ".join((name[:room].ljust(room), *numbers)))
-    return "\n".join(lines) + "\n"
+    for row in table:
+        row[0] = row[0] if len(row[0]) <= room else f"…{row[0][1 - room :]}"
+    table.insert(high, ["-" * wide for wide in (room, *widths[1:])])
+    alignment = ("left", *["right"] * len(widths[1:]))
+    return tabulate(table, tablefmt="plain", colalign=alignment, disable_numparse=True) + "\n"
 
 
 def _cell(value: object) -> str:

@@ -1,14 +1,12 @@
 """The exact factor by which group normalization scales the variance of the gradient.
 
-A group of n values x has mean μ and biased variance s². The backward pass of group normalization
-is dL/dx = P dL/dy / s, where P projects out two directions of n: the constant one and y itself.
-Eq. 22 of arXiv:2302.03193 adds the variances of the three terms of that product as if they were
-independent and gets 1 + 4/n for σ² Var[dL/dx] / Var[dL/dy]. For Gaussian x the exact value is
+For a group of n Gaussian values x with biased variance s² and gradient dL/dx = P dL/dy / s, where P
+projects out two directions of n (the constant one and y itself), σ² Var[dL/dx] / Var[dL/dy] is
 
-    (n - 2) / n  ·  E[σ² / s²]  =  (n - 2) / n  ·  n / (n - 3)  =  (n - 2) / (n - 3).
+    (n - 2) / n  ·  E[σ² / s²]  =  (n - 2) / n  ·  n / (n - 3)  =  (n - 2) / (n - 3),
 
-docs/theory.md derives it, and what changes on a convolution, where a group holds c = C/G channels
-of m pixels and the pixels of a channel share a part of their value.
+where Eq. 22 of arXiv:2302.03193 has 1 + 4/n. docs/theory.md derives it, and what changes on a
+convolution.
 """
 
 from collections.abc import Callable

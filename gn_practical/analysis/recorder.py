@@ -42,9 +42,7 @@ class BlockAudit:
     choice: str  # of groups, as it was asked for
     layer: str  # path of the norm
     weight_layer: str  # path of the layer that feeds it
-    # The function that acts on the norm's output; "add" where a residual or an FPN level is added
-    # first; empty for anything else.
-    activation: str
+    activation: str  # of the norm's output; "add" where something is added first; else empty
     parent: str  # the block before this one on the longest path of blocks from the input
     depth: int  # blocks on that path, this one included; 0 for a block that did not run
     in_channels: int | None

@@ -101,19 +101,15 @@ def _wrap(previous: Callable[..., Any]) -> Callable[..., Any]:
         except KeyError as error:
             if error.args != (norm,):
                 raise
-        raise UnknownNormError(_explain(norm))
+        known = [*_DETECTRON2, *_factories]
+        close = get_close_matches(norm, known, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise UnknownNormError(
+            f"NORM must be one of {', '.join(known)} or empty, got NORM={norm!r}.{hint} Correct "
+            "the NORM keys of the config, or add the norm with gn_practical.register_norm."
+        )
 
     return get_norm
-
-
-def _explain(norm: str) -> str:
-    known = [*_DETECTRON2, *_factories]
-    close = get_close_matches(norm, known, n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    return (
-        f"NORM must be one of {', '.join(known)} or empty, got NORM={norm!r}.{hint} Correct the "
-        "NORM keys of the config, or add the norm with gn_practical.register_norm."
-    )
 
 
 def _holders() -> list[tuple[ModuleType, str, Callable[..., Any]]]:

@@ -33,12 +33,9 @@ _PRODUCTS = ("mul", "imul", "rmul", "multiply", "div", "idiv", "truediv", "itrue
 
 
 class Source(NamedTuple):
-    """A weight layer that ran, and a number for the tensor that it ran on.
+    """A weight layer that ran, and a number for the tensor that it ran on."""
 
-    ``path`` is empty for features that were mixed outside of any weight layer.
-    """
-
-    path: str
+    path: str  # empty for features that were mixed outside of any weight layer
     tensor: int
 
 

@@ -11,29 +11,21 @@ where group normalization places its output, before n_in in the ideal number of 
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_SAME_NAME = (
+    *("relu", "leaky_relu", "elu", "selu", "gelu", "silu", "mish", "softplus", "tanh", "sigmoid"),
+    *("relu6", "hardtanh", "hardswish", "softsign"),
+)
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,  # slope 0.01
+    **{name: getattr(F, name) for name in _SAME_NAME},  # leaky_relu: slope 0.01
     "prelu": lambda z: F.leaky_relu(z, 0.25),  # at its initial slope
-    "elu": F.elu,
-    "selu": F.selu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "mish": F.mish,
-    "softplus": F.softplus,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
     "identity": lambda z: z,
-    "relu6": F.relu6,
-    "hardtanh": F.hardtanh,
-    "hardswish": F.hardswish,
-    "softsign": F.softsign,
 }
 Activation = str | Callable[[Tensor], Tensor]
 
@@ -46,10 +38,9 @@ _MAX_BISECTIONS = 60  # a kink is then enclosed to the last bit of float64
 def activation_gain(activation: Activation, sigma: float = 1.0) -> tuple[float, float]:
     """Compute the forward and backward gain of an activation (Definition 2).
 
-    The integrals are composite Gauss-Legendre sums in float64, each panel halved until both
-    integrands agree with their halves. Panels close in on a kink or jump by themselves, so nothing
-    need be known about it. Absolute error below 1e-9 for everything in ``ACTIVATIONS``. The
-    derivative is autograd's: a jump of f adds nothing to B.
+    Composite Gauss-Legendre sums in float64, each panel halved until both integrands agree with
+    their halves: panels close in on a kink or jump by themselves. Absolute error below 1e-9 for
+    everything in ``ACTIVATIONS``. The derivative is autograd's: a jump of f adds nothing to B.
 
     Args:
         activation: a name in ``ACTIVATIONS``, or an elementwise callable on tensors (a function or
@@ -75,7 +66,7 @@ def activation_gain(activation: Activation, sigma: float = 1.0) -> tuple[float, 
         )
     name, function = resolve_activation(activation)
     with torch.device("cpu"):  # also while a model is built on another device
-        moments = _gaussian_moments(lambda z: _squares(name, function, z), sigma)
+        moments = _gaussian_moments(partial(elementwise_squares, name, function), sigma)
     forward, backward = moments[0] / sigma**2, moments[1]
     if backward == 0:
         raise ValueError(
@@ -89,11 +80,7 @@ def activation_gain(activation: Activation, sigma: float = 1.0) -> tuple[float, 
 def gain_ratio(activation: Activation) -> float:
     """Return F / B at σ = 1, the factor before n_in in the ideal number of groups (Section 2.3).
 
-    Args:
-        activation: as for :func:`activation_gain`.
-
-    Raises:
-        ValueError: as :func:`activation_gain`.
+    Arguments and errors are those of :func:`activation_gain`.
 
     Example:
         >>> round(gain_ratio("leaky_relu"), 9)
@@ -110,50 +97,29 @@ def resolve_activation(activation: Activation) -> tuple[str, Callable[[Tensor], 
 
     Raises:
         ValueError: for an unknown name or something that is not callable.
-
-    Example:
-        >>> resolve_activation("tanh")[0]
-        'tanh'
     """
-    if isinstance(activation, str):
-        if activation.lower() not in ACTIVATIONS:
-            raise ValueError(
-                f"activation must be a known name or a callable, got activation={activation!r}. "
-                f"Known names: {', '.join(ACTIVATIONS)}."
-            )
+    if isinstance(activation, str) and activation.lower() in ACTIVATIONS:
         return activation.lower(), ACTIVATIONS[activation.lower()]
     if isinstance(activation, nn.Module):
         return type(activation).__name__, copy.deepcopy(activation).cpu().double().eval()
-    if not callable(activation):
-        raise ValueError(
-            f"activation must be a known name or a callable, got activation={activation!r}. "
-            f"Give an elementwise function of a tensor, or one of {', '.join(ACTIVATIONS)}."
-        )
-    return getattr(activation, "__name__", repr(activation)), activation
+    if callable(activation):
+        return getattr(activation, "__name__", repr(activation)), activation
+    raise ValueError(
+        f"activation must be a known name or a callable, got activation={activation!r}. Give an "
+        f"elementwise function of a tensor, or a name. Known names: {', '.join(ACTIVATIONS)}."
+    )
 
 
-def elementwise_squares(activation: Activation, z: Tensor) -> Tensor:
-    """Return f(z)² and f'(z)² for every z.
-
-    Args:
-        activation: as for :func:`activation_gain`.
-        z: points.
-
-    Shape:
-        z: (N,), output (2, N).
+def elementwise_squares(name: str, function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """Return f(z)² and f'(z)² for every z, (2, N) for (N,), of a :func:`resolve_activation`.
 
     Raises:
         ValueError: as :func:`activation_gain`.
 
     Example:
-        >>> elementwise_squares("relu", torch.tensor([-2.0, 3.0])).tolist()
+        >>> elementwise_squares("relu", torch.relu, torch.tensor([-2.0, 3.0])).tolist()
         [[0.0, 9.0], [0.0, 1.0]]
     """
-    return _squares(*resolve_activation(activation), z)
-
-
-def _squares(name: str, function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """Return f(z)² and f'(z)², stacked in front."""
     with torch.enable_grad():
         leaf = z.detach().requires_grad_()
         value = function(leaf + 0)  # not the leaf itself: in-place activations are welcome
@@ -167,8 +133,6 @@ def _squares(name: str, function: Callable[[Tensor], Tensor], z: Tensor) -> Tens
         if value.requires_grad:  # a constant may have no graph
             slope = torch.autograd.grad(value.sum(), leaf, materialize_grads=True)[0]
     squares = torch.stack((value.detach(), slope)) ** 2
-    if squares.sum().isfinite():
-        return squares
     bad = ~squares.isfinite().all(dim=0)
     if bad.any():
         raise ValueError(
@@ -180,7 +144,10 @@ def _squares(name: str, function: Callable[[Tensor], Tensor], z: Tensor) -> Tens
 
 def _gaussian_moments(integrand: Callable[[Tensor], Tensor], sigma: float) -> tuple[float, ...]:
     """Integrate several functions at once against N(0, σ²) by adaptive bisection."""
-    edges = _first_edges(sigma)
+    # The first panels are at the scale of the Gaussian, and at that of the activation, about 1.
+    reach, own = _REACH * sigma, 2.0 ** torch.arange(-6, 7, dtype=torch.float64)
+    gaussian, own = torch.linspace(-reach, reach, 57, dtype=torch.float64), own[own < reach]
+    edges = torch.cat((gaussian, own, -own)).unique()
     left, right = edges[:-1], edges[1:]
     total = whole = _panel_sums(integrand, left, right, sigma)
     accepted = torch.zeros_like(total.sum(dim=1))
@@ -194,21 +161,10 @@ def _gaussian_moments(integrand: Callable[[Tensor], Tensor], sigma: float) -> tu
         accepted = accepted + halves[:, ~open_].sum(dim=1)
         if not open_.any():
             break
-        left, right = (
-            torch.cat((left[open_], middle[open_])),
-            torch.cat((middle[open_], right[open_])),
-        )
+        middle = middle[open_]
+        left, right = torch.cat((left[open_], middle)), torch.cat((middle, right[open_]))
         whole = torch.cat((first[:, open_], second[:, open_]), dim=1)
     return tuple(total.tolist())
-
-
-def _first_edges(sigma: float) -> Tensor:
-    """Start with panels at the scale of the Gaussian and at that of the activation, about 1."""
-    reach = _REACH * sigma
-    own = 2.0 ** torch.arange(-6, 7, dtype=torch.float64)
-    own = own[own < reach]
-    gaussian = torch.linspace(-reach, reach, 57, dtype=torch.float64)
-    return torch.cat((gaussian, own, -own)).unique()
 
 
 def _panel_sums(

@@ -2,6 +2,44 @@
 
 from detectron2.config import CfgNode
 
+_DEFAULTS = {
+    "PGN": {
+        # Number of groups of every "PGN" norm. 0: what RULE says for each layer by itself;
+        # a number: the same everywhere, for the paper's baselines through the same code.
+        "NUM_GROUPS": 0,
+        # "paper": Algorithm 1 of arXiv:2302.03193.
+        # "exact": the group size n_g = 3 + n_out / (n_in - n_out), from the factor
+        # (n_g - 2) / (n_g - 3) in place of the paper's 1 + 4 / n_g; same clipping and divisor step.
+        "RULE": "paper",
+        # The activation that follows the norms, by its name in gn_practical.activation_gain: the
+        # rule takes its forward over its backward gain (Section 2.3), 1 for the ReLU family. It
+        # names what the model has; it does not change the model.
+        "ACTIVATION": "relu",
+        # ((pattern, num_groups), ...): the number of groups of single layers, by shell-style
+        # pattern on the norm's path in the model; the last match wins. A pattern that matches
+        # nothing, or a number that does not divide the layer's channels, is an error.
+        "LAYER_NUM_GROUPS": (),
+        # ((pattern, in_channels), ...): input channels of the weight layer that feeds a norm,
+        # where they cannot be inferred from the modules.
+        "IN_CHANNELS": (),
+        # Run each norm with the residual sum and the ReLU that follow it as one operator, where
+        # the model has a structure that gn_practical.modeling.fusion knows. docs/performance.md.
+        "FUSED": True,
+        # Memory mode: what the norms return is computed again in the backward pass instead of
+        # stored, which halves the activation memory of a chain of convolutions. Needs FUSED.
+        "RECOMPUTE": False,
+        # Let group norms run whose groups hold a single value, for an experiment that shows what
+        # happens: the output is constant and no gradient passes.
+        "ALLOW_DEGENERATE": False,
+    },
+    "WS": {
+        # Weight standardization of every convolution that a norm follows.
+        "ENABLED": False,
+        # (pattern, ...): convolutions, by pattern on their path, that keep their plain weights.
+        "EXCLUDE": (),
+    },
+}
+
 
 def add_pgn_config(cfg: CfgNode) -> None:
     """Add the keys of the norm, with their defaults, to a Detectron2 config in place.
@@ -18,7 +56,7 @@ def add_pgn_config(cfg: CfgNode) -> None:
         >>> cfg.MODEL.PGN.NUM_GROUPS
         0
     """
-    for name, keys in _defaults().items():
+    for name, keys in _DEFAULTS.items():
         node = cfg.MODEL.setdefault(name, CfgNode())
         for key, value in keys.items():
             node.setdefault(key, value)
@@ -32,7 +70,7 @@ def check_pgn_config(cfg: CfgNode) -> None:
     """
     missing = [
         f"MODEL.{name}.{key}"
-        for name, keys in _defaults().items()
+        for name, keys in _DEFAULTS.items()
         for key in keys
         if key not in cfg.MODEL.get(name, {})
     ]
@@ -42,48 +80,3 @@ def check_pgn_config(cfg: CfgNode) -> None:
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. Call "
             "gn_practical.add_pgn_config(cfg) right after get_cfg()."
         )
-
-
-def _defaults() -> dict[str, CfgNode]:
-    return {"PGN": _group_norm_keys(), "WS": _weight_standardization_keys()}
-
-
-def _group_norm_keys() -> CfgNode:
-    pgn = CfgNode()
-    # Number of groups of every "PGN" norm. 0: what RULE says for each layer by itself;
-    # a number: the same everywhere, for the paper's baselines through the same code.
-    pgn.NUM_GROUPS = 0
-    # "paper": Algorithm 1 of arXiv:2302.03193.
-    # "exact": the group size n_g = 3 + n_out / (n_in - n_out), from the factor
-    # (n_g - 2) / (n_g - 3) in place of the paper's 1 + 4 / n_g; same clipping and divisor step.
-    pgn.RULE = "paper"
-    # The activation that follows the norms, by its name in gn_practical.activation_gain: the rule
-    # takes its forward over its backward gain (Section 2.3), 1 for the ReLU family. It names what
-    # the model has; it does not change the model.
-    pgn.ACTIVATION = "relu"
-    # ((pattern, num_groups), ...): the number of groups of single layers, by shell-style pattern
-    # on the norm's path in the model; the last match wins. A pattern that matches nothing, or a
-    # number that does not divide the layer's channels, is an error.
-    pgn.LAYER_NUM_GROUPS = ()
-    # ((pattern, in_channels), ...): input channels of the weight layer that feeds a norm, where
-    # they cannot be inferred from the modules.
-    pgn.IN_CHANNELS = ()
-    # Run each norm with the residual sum and the ReLU that follow it as one operator, where the
-    # model has a structure that gn_practical.modeling.fusion knows. docs/performance.md.
-    pgn.FUSED = True
-    # Memory mode: what the norms return is computed again in the backward pass instead of stored,
-    # which halves the activation memory of a chain of convolutions. Needs FUSED.
-    pgn.RECOMPUTE = False
-    # Let group norms run whose groups hold a single value, for an experiment that shows what
-    # happens: the output is constant and no gradient passes.
-    pgn.ALLOW_DEGENERATE = False
-    return pgn
-
-
-def _weight_standardization_keys() -> CfgNode:
-    ws = CfgNode()
-    # Weight standardization of every convolution that a norm follows.
-    ws.ENABLED = False
-    # (pattern, ...): convolutions, by pattern on their path, that keep their plain weights.
-    ws.EXCLUDE = ()
-    return ws

@@ -4,14 +4,14 @@ A unit block is a weight layer with ``in_channels`` inputs and ``out_channels`` 
 by group normalization and an activation. Equations and algorithms are those of Kim et al., "On
 the Ideal Number of Groups for Isometric Gradient Propagation" (arXiv:2302.03193).
 
-Everything is computed in exact integers or fractions; no rounding decides a number of groups. A new
-rule is a function like :func:`ideal_num_groups` and a line in ``RULES``.
+All in exact integers or fractions: no rounding decides a number of groups. A new rule is a function
+like :func:`ideal_num_groups` and a line in ``RULES``.
 """
 
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
-from math import isfinite, isqrt
+from math import isfinite
 
 
 def gradient_variance_ratio(
@@ -73,15 +73,7 @@ def exact_ideal_num_groups(
     In place of the paper's 1 + 4/n_g, a group of n_g values contributes the factor
     (n_g - 2) / (n_g - 3) to the variance, so that n_g = 3 + n_out / (r n_in - n_out) and
     G = n_out / n_g. Where r n_in <= n_out every G gives K > 1 and the smallest is the best: 0 is
-    returned, which clips to one group.
-
-    Args:
-        in_channels: n_in, input channels of the weight layer.
-        out_channels: n_out, output channels of the weight layer.
-        gain_ratio: r = F / B of the activation at unit variance; 1 for ReLU.
-
-    Raises:
-        ValueError: for channels that are no positive integer, or a ratio that is not positive.
+    returned, which clips to one group. Arguments and errors are those of :func:`ideal_num_groups`.
 
     Example:
         >>> exact_ideal_num_groups(256, 128)
@@ -110,8 +102,7 @@ def practical_num_groups(
     """Choose the number of groups of a unit block (Algorithm 1).
 
     G_ideal is clipped to [1, n_out]; the result is the divisor of n_out nearest to it in log2. Two
-    neighbouring divisors are never equally near: their product would be the square of a divisor
-    between them.
+    neighbouring ones are never equally near: a divisor would lie between them.
 
     Differences from the paper: Definition 3 asks for the G whose K is closest to 1, a linear
     distance, and disagrees with Algorithm 1 for some pairs (256 -> 64 is a linear tie of 32 and
@@ -137,7 +128,8 @@ def practical_num_groups(
     """
     check_rule(rule)
     ideal = min(max(RULES[rule](in_channels, out_channels, gain_ratio), 1), out_channels)
-    lower, upper = _neighbouring_divisors(out_channels, ideal)
+    lower = max(d for d in _divisors(out_channels) if d <= ideal)
+    upper = min(d for d in _divisors(out_channels) if d >= ideal)
     return upper if ideal * ideal > lower * upper else lower
 
 
@@ -149,12 +141,9 @@ def resolve_num_groups(
 ) -> int:
     """Return the number of groups that a choice means for one layer.
 
-    Args:
-        choice: a rule in ``RULES`` by its name, "practical" for the paper's, "instance" or -1 for
-            as many groups as channels, or the number itself, as an int or text.
-        in_channels: n_in of the weight layer.
-        out_channels: n_out of the weight layer, the channels of the norm.
-        gain_ratio: r = F / B of the activation at unit variance; 1 for ReLU.
+    A choice is a rule in ``RULES`` by its name, "practical" for the paper's, "instance" or -1 for
+    as many groups as channels, or the number itself, as an int or text. The other arguments are
+    those of :func:`practical_num_groups`.
 
     Raises:
         ValueError: for an unknown choice. Whether a number divides is :func:`check_num_groups`.
@@ -177,11 +166,7 @@ def resolve_num_groups(
 
 
 def check_rule(rule: str) -> None:
-    """Raise ValueError unless ``rule`` is a name in ``RULES``.
-
-    Example:
-        >>> check_rule("paper")
-    """
+    """Raise ValueError unless ``rule`` is a name in ``RULES``."""
     if rule not in RULES:
         raise ValueError(
             f"rule must be one of {', '.join(RULES)}, got rule={rule!r}. Choose among these."
@@ -189,11 +174,7 @@ def check_rule(rule: str) -> None:
 
 
 def check_num_groups(num_groups: int, num_channels: int) -> None:
-    """Raise ValueError unless ``num_groups`` is a positive divisor of ``num_channels``.
-
-    Example:
-        >>> check_num_groups(32, 256)
-    """
+    """Raise ValueError unless ``num_groups`` is a positive divisor of ``num_channels``."""
     _check_positive("num_groups", num_groups)
     if num_channels % num_groups:
         choice = ", ".join(map(str, _divisors(num_channels)))
@@ -206,9 +187,8 @@ def check_num_groups(num_groups: int, num_channels: int) -> None:
 def _check(in_channels: int, out_channels: int, gain_ratio: float | Fraction) -> Fraction:
     _check_positive("in_channels", in_channels)
     _check_positive("out_channels", out_channels)
-    if not (isinstance(gain_ratio, int | float | Fraction) and isfinite(gain_ratio)) or (
-        gain_ratio <= 0
-    ):
+    number = isinstance(gain_ratio, int | float | Fraction) and isfinite(gain_ratio)
+    if not (number and gain_ratio > 0):
         raise ValueError(
             f"gain_ratio must be a positive finite number, got gain_ratio={gain_ratio!r}. "
             "Give the forward over the backward gain of the activation, 1 for ReLU."
@@ -225,14 +205,5 @@ def _check_positive(name: str, value: int) -> None:
 
 
 @lru_cache
-def _divisors(number: int) -> tuple[int, ...]:
-    small = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
-    return tuple(sorted({*small, *(number // d for d in small)}))
-
-
-def _neighbouring_divisors(number: int, value: Fraction) -> tuple[int, int]:
-    """Return the divisors of ``number`` next to ``value`` in [1, number], below and above."""
-    divisors = _divisors(number)
-    lower = max(d for d in divisors if d <= value)
-    upper = min(d for d in divisors if d >= value)
-    return lower, upper
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

@@ -15,22 +15,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "50000")
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
-_EPILOG = """
-Examples:
-
-  python tools/audit_isometry.py --config-file configs/pfpn_pgn_all.yaml --synthetic \\
-      MODEL.WEIGHTS "" MODEL.DEVICE cpu
-
-  What if the groups were others, on your own data, from a checkpoint:
-    python tools/audit_isometry.py --config-file configs/faster_rcnn_gn_ws_pgn.yaml \\
-        --groups practical exact 32 1 instance \\
-        MODEL.WEIGHTS output/faster_rcnn_gn_ws_pgn/model_final.pth \\
-        DATASETS.COCO_INSTANCES '[("my_train", "images", "train.json")]' \\
-        DATASETS.TRAIN '("my_train",)' MODEL.ROI_HEADS.NUM_CLASSES 3
+_EPILOG = """example: python tools/audit_isometry.py --config-file configs/pfpn_pgn_all.yaml \\
+    --synthetic --groups practical 32 1 MODEL.WEIGHTS "" MODEL.DEVICE cpu
 
 The weights are those of MODEL.WEIGHTS, from which training would start; MODEL.WEIGHTS "" gives
-random ones. Results: OUTPUT_DIR/audit/audit.txt, .json, .csv and .png.
-"""
+random ones. Results: OUTPUT_DIR/audit/audit.txt, .json, .csv and .png. More in docs/audit.md."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -93,8 +82,8 @@ def audit(args: argparse.Namespace) -> None:
     for choice in args.groups:  # before weights and data are read
         choose_groups(choice, blocks)
     GroupsCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    batches = synthetic_batches(cfg, args) if args.synthetic else real_batches(cfg, args)
-    rows = audit_isometry(model.train(), batches, groups=args.groups, seed=args.seed, progress=True)
+    options = {"groups": args.groups, "seed": args.seed, "progress": True}
+    rows = audit_isometry(model.train(), make_batches(cfg, args), **options)
     folder = os.path.join(cfg.OUTPUT_DIR, "audit")
     print(save_audit(rows, folder, {**vars(args), "weights": cfg.MODEL.WEIGHTS}))
     print(f"{len(blocks)} unit blocks; table, JSON, CSV and picture are in {folder}")
@@ -115,16 +104,13 @@ def read_config(args: argparse.Namespace) -> "CfgNode":
     return load_cfg(args.config_file, small + args.opts)
 
 
-def real_batches(cfg: "CfgNode", args: argparse.Namespace) -> list[Any]:
-    """Take the first batches of the training set."""
+def make_batches(cfg: "CfgNode", args: argparse.Namespace) -> list[Any]:
+    """Take the first batches of the training set, or make random ones."""
     from gn_practical.training.engine import Trainer
 
-    loader = iter(Trainer.build_train_loader(cfg))
-    return [next(loader) for _ in range(args.num_batches)]
-
-
-def synthetic_batches(cfg: "CfgNode", args: argparse.Namespace) -> list[Any]:
-    """Make random images with ground truth for every head that Detectron2 has."""
+    if not args.synthetic:
+        loader = iter(Trainer.build_train_loader(cfg))
+        return [next(loader) for _ in range(args.num_batches)]
     rng = random.Random(args.seed)
     return [
         [synthetic_sample(cfg, args.image_size, rng) for _ in range(args.images_per_batch)]
@@ -133,10 +119,13 @@ def synthetic_batches(cfg: "CfgNode", args: argparse.Namespace) -> list[Any]:
 
 
 def synthetic_sample(cfg: "CfgNode", size: int, rng: random.Random) -> dict[str, Any]:
-    """Make a smooth random image with eight boxes, their elliptic masks, and stuff in quarters."""
+    """Make a smooth random image with ground truth for every head that Detectron2 has.
+
+    Eight boxes, their elliptic masks, and stuff in quarters.
+    """
     import torch
     from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
-    from torch.nn.functional import interpolate
+    from torch.nn.functional import interpolate, pad
 
     count, model = 8, cfg.MODEL
     torch.manual_seed(rng.randrange(2**32))
@@ -151,15 +140,14 @@ def synthetic_sample(cfg: "CfgNode", size: int, rng: random.Random) -> dict[str,
     instances.gt_classes = torch.randint(classes, (count,))
     angle = torch.arange(16) * 0.3927
     circle = torch.stack([angle.cos(), angle.sin()], 1) / 2 + 0.5
-    outlines = [[(c + s * circle).flatten().numpy()] for c, s in zip(corner, side, strict=True)]
-    instances.gt_masks = PolygonMasks(outlines)
+    outlines = (corner[:, None] + side[:, None] * circle).flatten(1).numpy()
+    instances.gt_masks = PolygonMasks([[outline] for outline in outlines])
     if cfg.INPUT.MASK_FORMAT == "bitmask":
         instances.gt_masks = BitMasks.from_polygon_masks(instances.gt_masks, size, size)
     if model.KEYPOINT_ON:
         points = torch.rand(count, model.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, 2)
         points = corner[:, None] + side[:, None] * points
-        visible = torch.full((*points.shape[:2], 1), 2.0)
-        instances.gt_keypoints = Keypoints(torch.cat([points, visible], 2))
+        instances.gt_keypoints = Keypoints(pad(points, (0, 1), value=2))  # 2: visible
     quarters = torch.randint(model.SEM_SEG_HEAD.NUM_CLASSES, (1, 1, 2, 2)).float()
     sem_seg = interpolate(quarters, (size, size))[0, 0].long()
     sample = {"image": image, "instances": instances, "sem_seg": sem_seg}

@@ -26,7 +26,9 @@ def parse_args() -> argparse.Namespace:
         metavar="CHOICE",
         help="practical, exact, instance, model or numbers (default: practical exact 32 1)",
     )
-    parser.add_argument("--format", choices=("text", "md", "csv", "json"), default="text")
+    parser.add_argument(
+        "--format", choices=("text", "md", "csv", "json"), default="text", help="(default: text)"
+    )
     parser.add_argument("--output", metavar="FILE", help="write there instead")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
     args = parser.parse_args()

@@ -1,18 +1,16 @@
 """The empirical side of the paper: its tables, measured, beside theory.
 
-Every table is a list of rows, dicts with the same keys; this file prints and saves them.
+Every table is a list of rows, dicts with the same keys; this file formats them.
 """
 
 import csv
 import io
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from tabulate import tabulate
 
 Row = dict[str, object]
-SUFFIXES = (".md", ".csv", ".json", ".txt")
 
 
 def format_rows(rows: Sequence[Row], style: str = "text", width: int = 0) -> str:
@@ -50,70 +48,15 @@ def _fit(rows: Sequence[Row], width: int) -> str:
     table = [[([""] * high + title)[-high:][line] for title in titles] for line in range(high)]
     table += [[_cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    table.insert(high, ["-" * wide for wide in widths])
     room = min(widths[0], width - sum(wide + 2 for wide in widths[1:]))
-    lines = []
-    for name, *cells in table:
-        name = name if len(name) <= room or set(name) == {"-"} else f"…{name[1 - room :]}"
-        numbers = (cell.rjust(wide) for cell, wide in zip(cells, widths[1:], strict=True))
-        lines.append("  ".join((name[:room].ljust(room), *numbers)))
-    return "\n".join(lines) + "\n"
+    for row in table:
+        row[0] = row[0] if len(row[0]) <= room else f"…{row[0][1 - room :]}"
+    table.insert(high, ["-" * wide for wide in (room, *widths[1:])])
+    alignment = ("left", *["right"] * len(widths[1:]))
+    return tabulate(table, tablefmt="plain", colalign=alignment, disable_numparse=True) + "\n"
 
 
 def _cell(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def save_rows(rows: Sequence[Row], path: str | Path) -> None:
-    """Save rows to a file whose ending says how: .md, .csv, .json or .txt.
-
-    Raises:
-        ValueError: for another ending.
-
-    Example:
-        >>> save_rows([{"G": 1}], "groups.csv")  # doctest: +SKIP
-    """
-    check_output(path)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    style = path.suffix[1:]
-    path.write_text(format_rows(rows, "text" if style == "txt" else style), encoding="utf-8")
-
-
-def check_output(path: str | Path) -> None:
-    """Raise ValueError unless the file's ending is one that :func:`save_rows` knows.
-
-    To be called before the work whose result is to be saved.
-
-    Example:
-        >>> check_output("table.md")
-    """
-    if Path(path).suffix not in SUFFIXES:
-        raise ValueError(
-            f"output must end with one of {', '.join(SUFFIXES)}, got output={path}. "
-            "The ending chooses the format."
-        )
-
-
-def read_rows(path: str | Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Read a CSV file that has at least these columns.
-
-    Raises:
-        ValueError: for a file that is missing or lacks a column.
-
-    Example:
-        >>> read_rows("paper.csv", ["activation", "sigma"])  # doctest: +SKIP
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"file must exist, got path={path}. Give a CSV file.")
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in columns if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(
-                f"{path} must have the columns {', '.join(columns)}, got none named "
-                f"{', '.join(missing)}. Put them into its first line."
-            )
-        return list(reader)

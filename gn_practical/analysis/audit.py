@@ -8,13 +8,9 @@ of (dL/dt)² over all values of t, four ratios are measured, as in Eqs. A to D o
     C = V(y) / V(z)   the activation
     K = V(u) / V(z)   the block (the paper's D), K = A B C
 
-In a network u and z have other consumers: residual additions, FPN levels, heads. V(u) counts the
-gradient that flows through *this* block's weight layer alone, not its sum at the shared tensor, so
-that K belongs to the block. V(z) is the whole gradient that arrives at the block's output. Where
-no activation acts directly on the norm's output (a shortcut, an FPN level, the last norm before a
-residual addition) the block ends with the norm: z is y, C is 1.
-
-The values are reduced to sums in hooks; no activation or gradient is kept.
+V(u) counts the gradient that flows through this block's weight layer alone, not its sum at a tensor
+that others use as well; V(z) is the whole gradient at the block's output. Where no activation acts
+directly on the norm's output the block ends with the norm: z is y, C is 1. docs/audit.md.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,12 +42,10 @@ def audit_isometry(
     and backward; groups, gradients, buffers and the random state are restored afterwards. The mode
     (train or eval) is left as it is.
 
-    Beside K stand two predictions. ``K_paper`` is Eq. 31, from channels and groups alone.
-    ``K_exact`` is A B C with A = E[W²] times the connections for each input value (so kernel,
-    stride and padding count), B = γ² / σ² times the exact factor of a group
-    (:func:`~gn_practical.analysis.exact_factor.convolution_factor`, with the second moment σ² of
-    the norm's input and the share that the pixels of a channel have in common as measured in the
-    forward pass), and C the activation's backward gain. It uses nothing from the backward pass.
+    Beside K stand two predictions that use nothing from the backward pass. ``K_paper`` is Eq. 31.
+    ``K_exact`` is A B C with A = E[W²] times the connections for each input value, B = γ² / σ²
+    times :func:`~gn_practical.analysis.exact_factor.convolution_factor` (second moment σ² and
+    shared part as measured in the forward pass), and C the activation's backward gain.
 
     Args:
         model: any module with group norms, PGN ones bound.
@@ -59,10 +53,10 @@ def audit_isometry(
             dicts with ground truth, and the model in training mode.
         loss_fn: maps (model, batch) to a scalar; by default ``model(batch)``, a dict of losses
             summed up.
-        groups: choices, each one of "model" (as they are), "practical" (Algorithm 1), "exact" (the
-            exact rule), "instance" (one channel a group), or a number.
+        groups: choices, each "model" (as they are), or what
+            :func:`~gn_practical.num_groups.resolve_num_groups` takes.
         seed: of the random numbers that the forward pass draws.
-        progress: show a progress bar.
+        progress: show a progress bar for each choice.
 
     Returns:
         A row for each choice and norm: in the order of the forward pass, then what did not run.
@@ -85,19 +79,14 @@ def audit_isometry(
     if not batches:
         raise ValueError("batches must hold at least one batch, got none. Give one.")
     rows: list[BlockAudit] = []
-    with (
-        _preserved(model, blocks),
-        tqdm(total=len(choices) * len(batches), disable=not progress, unit="batch") as bar,
-    ):
+    with _preserved(model, blocks):
         for choice, numbers in choices.items():
-            bar.set_description(f"groups: {choice}")
             for block, number in zip(blocks, numbers, strict=True):
                 block.norm.num_groups = number
             torch.manual_seed(seed)
             with BlockRecorder(model) as recorder:
-                for batch in batches:
+                for batch in tqdm(batches, f"groups: {choice}", disable=not progress, unit="batch"):
                     _backward(model, batch, loss_fn or _sum_of_losses)
-                    bar.update()
             rows += recorder.rows(choice)
     return rows
 
@@ -122,16 +111,15 @@ def _preserved(model: nn.Module, blocks: Sequence[UnitBlock]) -> Iterator[None]:
 
 
 def _backward(model: nn.Module, batch: Any, loss_fn: LossFunction) -> None:
-    for parameter in model.parameters():
-        parameter.grad = None
+    model.zero_grad()
     loss = loss_fn(model, batch)
     if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
         got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        got = "one that requires none" if got in ((), (1,)) else got
         raise ValueError(
-            "the loss must be a single number with a gradient, got "
-            f"{'one that requires none' if got in ((), (1,)) else got} from "
-            f"{type(model).__name__}. Run the model in training mode with ground truth, outside "
-            "of no_grad, or give another loss_fn."
+            f"the loss must be a single number with a gradient, got {got} from "
+            f"{type(model).__name__}. Run the model in training mode with ground truth, outside of "
+            "no_grad, or give another loss_fn."
         )
     loss.backward()
 

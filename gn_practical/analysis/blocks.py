@@ -6,11 +6,11 @@ from typing import NamedTuple
 from torch import nn
 
 from gn_practical.modeling.binding import (
-    Producer,
     bound_to,
     find_producers,
     layer_channels,
     producer_paths,
+    some,
 )
 from gn_practical.num_groups import resolve_num_groups
 
@@ -18,8 +18,8 @@ from gn_practical.num_groups import resolve_num_groups
 class UnitBlock(NamedTuple):
     """A group norm and the weight layer that feeds it, each with its path in the model.
 
-    ``layer`` is None where it is not known or not one layer; ``in_channels`` too, unless the norm
-    was told. ``gain_ratio`` is F / B of the activation that the norm was bound for.
+    ``layer`` is None where it is not known or not one layer, ``in_channels`` where it is not known;
+    ``gain_ratio`` is F / B of the activation that the norm was bound for.
     """
 
     path: str
@@ -58,12 +58,21 @@ def find_unit_blocks(model: nn.Module) -> list[UnitBlock]:
     unbound = [path for path, norm in norms.items() if not norm.num_groups]
     if unbound:
         raise ValueError(
-            f"PGN layers must be bound, got {len(unbound)} that are not, at {_some(unbound)}. "
+            f"PGN layers must be bound, got {len(unbound)} that are not, at {some(unbound)}. "
             "Call gn_practical.bind_group_norms(model) first."
         )
     modules = dict(model.named_modules())
     told = {id(producer.norm): producer for producer in find_producers(model)}
-    return [_unit_block(path, norm, modules, told.get(id(norm))) for path, norm in norms.items()]
+    blocks = []
+    for path, norm in norms.items():
+        n_in, feeds = getattr(norm, "in_channels", None), producer_paths(path, norm)
+        if not feeds and id(norm) in told:
+            feeds = [told[id(norm)].path]
+            n_in = n_in or layer_channels(told[id(norm)].layer)[0]
+        layer = modules.get(feeds[0]) if len(feeds) == 1 else None
+        ratio = bound_to(norm).gain_ratio
+        blocks.append(UnitBlock(path, norm, ", ".join(feeds), layer, n_in, ratio))
+    return blocks
 
 
 def choose_groups(choice: str | int, blocks: Sequence[UnitBlock]) -> list[int]:
@@ -88,40 +97,17 @@ def choose_groups(choice: str | int, blocks: Sequence[UnitBlock]) -> list[int]:
     if wrong:
         raise ValueError(
             f"groups must divide the channels of every norm, got groups={choice} for "
-            f"{_some(wrong)}. Choose a common divisor, practical, exact or instance."
+            f"{some(wrong)}. Choose a common divisor, practical, exact or instance."
         )
     return groups
 
 
 def check_in_channels(blocks: Sequence[UnitBlock]) -> None:
-    """Raise ValueError, with their paths, if there are blocks whose input channels are not known.
-
-    Example:
-        >>> check_in_channels([])
-    """
+    """Raise ValueError, with their paths, for blocks whose input channels are not known."""
     unknown = [block.path for block in blocks if block.in_channels is None]
     if unknown:
         raise ValueError(
             "every norm must follow a weight layer of its channels, got none that is known for "
-            f"{_some(unknown)}. Make these PGN layers and give MODEL.PGN.IN_CHANNELS, or "
+            f"{some(unknown)}. Make these PGN layers and give MODEL.PGN.IN_CHANNELS, or "
             "bind_group_norms their in_channels or example_inputs."
         )
-
-
-def _unit_block(
-    path: str, norm: nn.GroupNorm, modules: dict[str, nn.Module], told: Producer | None
-) -> UnitBlock:
-    n_in, ratio = getattr(norm, "in_channels", None), bound_to(norm).gain_ratio
-    bound = producer_paths(path, norm)
-    if bound:
-        layer = modules.get(bound[0]) if len(bound) == 1 else None
-        return UnitBlock(path, norm, ", ".join(bound), layer, n_in, ratio)
-    if told is None:
-        return UnitBlock(path, norm, "", None, n_in, ratio)
-    return UnitBlock(
-        path, norm, told.path, told.layer, n_in or layer_channels(told.layer)[0], ratio
-    )
-
-
-def _some(items: Sequence[str], most: int = 8) -> str:
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if items[most:] else "")

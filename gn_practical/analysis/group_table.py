@@ -1,5 +1,6 @@
 """The group table: the groups of every norm of a model and the K they give, by rule and number."""
 
+import re
 from collections.abc import Sequence
 
 from torch import nn
@@ -43,42 +44,26 @@ def group_table(model: nn.Module, choices: Sequence[str | int] = CHOICES) -> lis
 def reading_columns(rows: Sequence[Row]) -> list[Row]:
     """Keep the columns that fit on a screen: of a choice by number K alone, of others G and K.
 
-    Args:
-        rows: as :func:`group_table` returns them.
-
     Example:
         >>> reading_columns([{"layer": "1", "G=32 G": 32, "G=32 K": 1.0, "G=32 K exact": 1.1}])
         [{'layer': '1', 'G=32 K': 1.0}]
     """
-    return [
-        {
-            title: value
-            for title, value in row.items()
-            if not title.endswith("K exact") and not (title[:2] == "G=" and title[-1] == "G")
-        }
-        for row in rows
-    ]
+    left_out = re.compile(r"G=.* G|.* K exact")
+    return [{t: v for t, v in row.items() if not left_out.fullmatch(t)} for row in rows]
 
 
 def _row(block: UnitBlock, choices: Sequence[str | int]) -> Row:
-    channels = (block.in_channels, block.norm.num_channels)
-    ideal = float(ideal_num_groups(*channels, block.gain_ratio))
-    row: Row = {"layer": block.path, "in": channels[0], "out": channels[1], "G_ideal": ideal}
+    n_in, n_out, ratio = block.in_channels, block.norm.num_channels, block.gain_ratio
+    ideal = float(ideal_num_groups(n_in, n_out, ratio))
+    row: Row = {"layer": block.path, "in": n_in, "out": n_out, "G_ideal": ideal}
     for choice in choices:
         groups = block.groups(choice)
         title = f"G={choice}" if str(choice).isdecimal() else choice
-        if channels[1] % groups:
-            values = (None, None, None)
-        else:
-            paper = gradient_variance_ratio(*channels, groups, block.gain_ratio)
-            values = (groups, paper, _exact_ratio(block, groups))
-        names = (f"{title} G", f"{title} K", f"{title} K exact")
-        row.update(zip(names, values, strict=True))
+        paper = exact = None
+        if n_out % groups == 0:
+            paper = gradient_variance_ratio(n_in, n_out, groups, ratio)
+            if groups < n_out:  # groups of one value pass no gradient
+                exact = n_out / n_in * exact_factor(n_out // groups) / ratio
+        row[f"{title} G"] = None if paper is None else groups
+        row |= {f"{title} K": paper, f"{title} K exact": exact}
     return row
-
-
-def _exact_ratio(block: UnitBlock, num_groups: int) -> float | None:
-    """Return Eq. 31 with the exact factor; None for groups of one value, which pass no gradient."""
-    n_in, n_out = block.in_channels, block.norm.num_channels
-    size = n_out // num_groups
-    return n_out / n_in * exact_factor(size) / block.gain_ratio if size > 1 else None

@@ -6,10 +6,11 @@ The values are reduced to sums in hooks; no activation or gradient is kept.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
+from math import isfinite, prod
 from typing import Any
 
 import torch
@@ -20,9 +21,12 @@ from gn_practical.activation_gain import ACTIVATIONS, activation_gain
 from gn_practical.analysis.blocks import UnitBlock, find_unit_blocks
 from gn_practical.analysis.exact_factor import convolution_factor
 from gn_practical.layers import WSConv2d, standardize_weight
+from gn_practical.modeling.sources import tensors
 from gn_practical.num_groups import gradient_variance_ratio
 
 RATIOS = {"A": "ux", "B": "xy", "C": "yz", "K": "uz"}
+_PRODUCTS = {"K": "product", "K_paper": "product_paper", "K_exact": "product_exact"}
+_POINTS = {"z": "output", "y": "norm's output", "x": "norm's input", "u": "input"}
 ADDITIONS = ("add", "iadd", "radd")
 MORE_ACTIVATIONS = ("rrelu", "celu", "hardsigmoid", "logsigmoid", "softshrink", "tanhshrink")
 
@@ -33,36 +37,14 @@ class BlockAudit:
 
     A value is None where it could not be measured or predicted: no gradient reached the block, or
     the layer that feeds the norm is not known.
-
-    Attributes:
-        choice: the choice of groups, as it was asked for.
-        layer: path of the norm.
-        weight_layer: path of the layer that feeds it.
-        activation: name of the function that acts on the norm's output; "add" where a residual or
-            an FPN level is added first; empty for anything else.
-        parent: the block before this one on the longest path of blocks from the input.
-        depth: blocks on that path, this one included; 0 for a block that did not run.
-        in_channels: n_in.
-        out_channels: n_out.
-        num_groups: G.
-        A: V(u) / V(x), measured.
-        B: V(x) / V(y), measured.
-        C: V(y) / V(z), measured.
-        K: V(u) / V(z), measured.
-        K_paper: Eq. 31.
-        K_exact: from the exact factor, see :func:`audit_isometry`.
-        product: of K over the path from the input through ``parent`` to this block.
-        product_paper: the same of K_paper.
-        product_exact: the same of K_exact.
-        gradient: V(z), the mean square of the gradient at the block's output.
     """
 
-    choice: str
-    layer: str
-    weight_layer: str
-    activation: str
-    parent: str
-    depth: int
+    choice: str  # of groups, as it was asked for
+    layer: str  # path of the norm
+    weight_layer: str  # path of the layer that feeds it
+    activation: str  # of the norm's output; "add" where something is added first; else empty
+    parent: str  # the block before this one on the longest path of blocks from the input
+    depth: int  # blocks on that path, this one included; 0 for a block that did not run
     in_channels: int | None
     out_channels: int
     num_groups: int
@@ -70,12 +52,12 @@ class BlockAudit:
     B: float | None
     C: float | None
     K: float | None
-    K_paper: float | None
-    K_exact: float | None
-    product: float | None
+    K_paper: float | None  # Eq. 31
+    K_exact: float | None  # from the exact factor, see audit_isometry
+    product: float | None  # of K over the path from the input through parent to this block
     product_paper: float | None
     product_exact: float | None
-    gradient: float | None
+    gradient: float | None  # V(z), the mean square of the gradient at the block's output
 
 
 class BlockRecorder(TorchFunctionMode):
@@ -91,23 +73,20 @@ class BlockRecorder(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, strict: bool = True) -> None:
         super().__init__()
-        self.blocks = find_unit_blocks(model)
         self.strict = strict
-        self._meters = [_Meter(block) for block in self.blocks]
+        self._meters = [_Meter(block) for block in find_unit_blocks(model)]
         self._order: list[_Meter] = []  # as they first ran
         self._handles = ExitStack()
 
     def __enter__(self) -> BlockRecorder:
         for meter in self._meters:
-            hooks = [
-                meter.block.norm.register_forward_pre_hook(partial(self._before_norm, meter)),
-                meter.block.norm.register_forward_hook(partial(self._after_norm, meter)),
-            ]
-            if meter.block.layer is not None:
-                layer = meter.block.layer
-                hooks.append(layer.register_forward_pre_hook(partial(self._before_layer, meter)))
-            for hook in hooks:
-                self._handles.callback(hook.remove)
+            norm, layer = meter.block.norm, meter.block.layer
+            # A handle is a context that removes its hook.
+            attach = self._handles.enter_context
+            attach(norm.register_forward_pre_hook(partial(self._before_norm, meter)))
+            attach(norm.register_forward_hook(partial(self._after_norm, meter)))
+            if layer is not None:
+                attach(layer.register_forward_pre_hook(partial(self._before_layer, meter)))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -121,14 +100,12 @@ class BlockRecorder(TorchFunctionMode):
     ) -> Any:
         """Run a function of torch; note activations, and on which block its result depends."""
         name = getattr(func, "__name__", "").strip("_")
-        meter = None
-        if name in ACTIVATIONS or name in ADDITIONS or name in MORE_ACTIVATIONS:
-            meter = _norm_of(args)  # before the call, which may be in place
+        known = name in ACTIVATIONS or name in ADDITIONS or name in MORE_ACTIVATIONS
+        meter = _norm_of(args) if known else None  # before the call, which may be in place
         result = func(*args, **(kwargs or {}))
         if meter is not None:
             meter.follow("add" if name in ADDITIONS else name, result)
-        if isinstance(result, Tensor | tuple | list):
-            _inherit(result, args)
+        _inherit(result, args)
         return result
 
     def ratios(self) -> dict[str, dict[str, float]]:
@@ -161,9 +138,9 @@ class BlockRecorder(TorchFunctionMode):
         x = args[0]
         if not (torch.is_grad_enabled() and x.numel()):
             return
-        if not meter.ran:
-            meter.ran, meter.parent = True, getattr(x, "_last_block", (0, ""))[1]
-            meter.depth = getattr(x, "_last_block", (0, ""))[0] + 1
+        if not meter.depth:
+            before, meter.parent = getattr(x, "_last_block", (0, ""))
+            meter.depth = before + 1
             self._order.append(meter)
         meter.add_signal(x.detach(), self.strict)
         if x.requires_grad:
@@ -179,13 +156,12 @@ class BlockRecorder(TorchFunctionMode):
 
     def _check_gradients(self) -> None:
         for meter in reversed(self._order):  # the order of the backward pass
-            for point in "zyxu":
-                if not meter.mean(point) < float("inf"):
-                    what = {"u": "input", "x": "norm's input", "y": "norm's output"}
+            for point in _POINTS:
+                if not isfinite(meter.mean(point)):
                     raise FloatingPointError(
-                        f"the gradient must be finite, got NaN or infinity at the "
-                        f"{what.get(point, 'output')} of the unit block {meter.block.path}. Check "
-                        "the loss, the weights and the ground truth."
+                        f"the gradient must be finite, got NaN or infinity at the {_POINTS[point]} "
+                        f"of the unit block {meter.block.path}. Check the loss, the weights and "
+                        "the ground truth."
                     )
 
 
@@ -194,13 +170,12 @@ class _Meter:
 
     def __init__(self, block: UnitBlock) -> None:
         self.block = block
-        self.ran = False
         self.depth, self.parent = 0, ""
         self.activation = ""
         self.num_groups = block.norm.num_groups
         self.input_size: tuple[int, ...] = ()
         self._sums: dict[str, float | Tensor] = defaultdict(float)
-        self._counts: dict[str, int] = defaultdict(int)
+        self.counts: dict[str, int] = defaultdict(int)
 
     def add_gradient(self, point: str, gradient: Tensor) -> None:
         self._add(point, _sum_of_squares(gradient), gradient.numel())
@@ -211,11 +186,10 @@ class _Meter:
         if strict:
             self._check_signal(squares, pixels)
         common = pixels * _sum_of_squares(x.flatten(2).mean(-1)) if pixels > 1 else squares
-        self._add("signal", squares, x.numel())
-        self._add("common", common, x.numel())
-        self._add("samples", 0.0, len(x))
-        inside = _inside(self.block.layer, self.input_size, tuple(x.shape[2:]))
-        self._add("inside", inside * x.numel(), x.numel())
+        inside = _inside(self.block.layer, self.input_size) * x.numel()
+        for point, value in (("signal", squares), ("common", common), ("inside", inside)):
+            self._add(point, value, x.numel())
+        self.counts["samples"] += len(x)
 
     def follow(self, name: str, result: Tensor) -> None:
         """Note what acts on the norm's output; an activation's result is the block's output."""
@@ -224,12 +198,9 @@ class _Meter:
             result.register_hook(partial(self.add_gradient, "z"))
 
     def mean(self, point: str) -> float:
-        if point == "z" and not self._counts["z"]:
+        if point == "z" and not self.counts["z"]:
             point = "y"
-        return float(self._sums[point]) / max(self._counts[point], 1)
-
-    def count(self, point: str) -> int:
-        return self._counts[point]
+        return float(self._sums[point]) / max(self.counts[point], 1)
 
     def ratio(self, name: str) -> float | None:
         above, below = map(self.mean, RATIOS[name])
@@ -237,7 +208,7 @@ class _Meter:
 
     def _add(self, point: str, value: float | Tensor, count: int) -> None:
         self._sums[point] += value
-        self._counts[point] += count
+        self.counts[point] += count
 
     def _check_signal(self, squares: Tensor, pixels: int) -> None:
         if not squares.isfinite():
@@ -270,53 +241,27 @@ def _norm_of(args: tuple) -> _Meter | None:
 
 def _inherit(result: Any, args: tuple) -> None:
     """Hand the deepest block that the arguments depend on over to the results."""
-    deepest = max((arg._last_block for arg in _tensors(args)), default=None)
-    if deepest is not None:
-        for tensor in [result] if isinstance(result, Tensor) else result:
-            if isinstance(tensor, Tensor):
-                tensor._last_block = max(deepest, getattr(tensor, "_last_block", deepest))
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, tuple | list):
-            yield from _tensors(value)
-        elif hasattr(value, "_last_block"):
-            yield value
+    known = [arg._last_block for arg in tensors(args) if hasattr(arg, "_last_block")]
+    for tensor in tensors(result) if known else ():
+        tensor._last_block = max(*known, getattr(tensor, "_last_block", known[0]))
 
 
 def _row(choice: str, meter: _Meter, parent: BlockAudit | None) -> BlockAudit:
-    block = meter.block
-    n_out, groups = block.norm.num_channels, meter.num_groups
-    measured = {name: meter.ratio(name) for name in RATIOS}
-    paper = None
-    if block.in_channels:
-        paper = gradient_variance_ratio(block.in_channels, n_out, groups, block.gain_ratio)
-    exact = _exact_ratio(meter)
+    block, groups = meter.block, meter.num_groups
+    channels = block.in_channels, block.norm.num_channels
+    values = {name: meter.ratio(name) for name in RATIOS}
+    known = block.in_channels is not None
+    paper = gradient_variance_ratio(*channels, groups, block.gain_ratio) if known else None
+    values |= {"K_paper": paper, "K_exact": _exact_ratio(meter)}
+    for name, product in _PRODUCTS.items():
+        factors = values[name], getattr(parent, product, 1.0)
+        values[product] = None if None in factors else prod(factors)
     return BlockAudit(
-        choice=choice,
-        layer=block.path,
-        weight_layer=block.layer_path,
-        activation=meter.activation,
-        parent=meter.parent,
-        depth=meter.depth,
-        in_channels=block.in_channels,
-        out_channels=n_out,
-        num_groups=groups,
-        **measured,
-        K_paper=paper,
-        K_exact=exact,
-        product=_times(measured["K"], parent and parent.product, parent),
-        product_paper=_times(paper, parent and parent.product_paper, parent),
-        product_exact=_times(exact, parent and parent.product_exact, parent),
+        *(choice, block.path, block.layer_path, meter.activation, meter.parent, meter.depth),
+        *(*channels, groups),
+        **values,
         gradient=meter.mean("z") or None,
     )
-
-
-def _times(value: float | None, before: float | None, parent: BlockAudit | None) -> float | None:
-    if parent is None or value is None:
-        return value
-    return None if before is None else value * before
 
 
 def _exact_ratio(meter: _Meter) -> float | None:
@@ -324,7 +269,7 @@ def _exact_ratio(meter: _Meter) -> float | None:
     layer, norm = meter.block.layer, meter.block.norm
     gain = _backward_gain(meter.activation)
     variance = meter.mean("signal")
-    if not (meter.count("u") and meter.count("x") and variance and gain):
+    if not (meter.counts["u"] and meter.counts["x"] and variance and gain):
         return None
     with torch.no_grad():
         weight = standardize_weight(layer.weight) if isinstance(layer, WSConv2d) else layer.weight
@@ -333,28 +278,26 @@ def _exact_ratio(meter: _Meter) -> float | None:
     if getattr(layer, "transposed", False):  # every input value reaches a whole filter
         weight_layer = squares / layer.in_channels
     else:  # every output value is reached by one
-        weight_layer = squares / norm.num_channels * meter.count("x") / meter.count("u")
+        weight_layer = squares / norm.num_channels * meter.counts["x"] / meter.counts["u"]
         weight_layer *= meter.mean("inside")
     size = norm.num_channels // meter.num_groups
-    pixels = round(meter.count("signal") / meter.count("samples") / norm.num_channels)
+    pixels = round(meter.counts["signal"] / meter.counts["samples"] / norm.num_channels)
     shared = min(meter.mean("common") / variance, 1.0)
     factor = convolution_factor(size, pixels, shared, norm.eps / variance)
     return weight_layer * factor * scale / variance * gain
 
 
-def _inside(layer: nn.Module | None, in_size: tuple[int, ...], out_size: tuple[int, ...]) -> float:
+def _inside(layer: nn.Module | None, in_size: tuple[int, ...]) -> float:
     """Return the share of a convolution's taps that lie inside its input, not in the padding."""
     padding = getattr(layer, "padding", None)
-    if not (isinstance(padding, tuple) and len(padding) == len(in_size) == len(out_size)):
+    transposed = getattr(layer, "transposed", False)
+    if transposed or not (isinstance(padding, tuple) and len(padding) == len(in_size)):
         return 1.0
     share = 1.0
-    options = (layer.kernel_size, layer.stride, padding, layer.dilation)
-    for n_in, n_out, kernel, stride, pad, dilation in zip(in_size, out_size, *options, strict=True):
-        count = 0
-        for start in range(-pad, kernel * dilation - pad, dilation):  # output o sees start + o s
-            first, last = max(0, -(start // stride)), min(n_out - 1, (n_in - 1 - start) // stride)
-            count += max(0, last - first + 1)
-        share *= count / (kernel * n_out)
+    axes = zip(in_size, layer.kernel_size, layer.stride, padding, layer.dilation, strict=True)
+    for size, kernel, *options in axes:
+        ones = torch.ones(1, 1, size).double(), torch.ones(1, 1, kernel).double()
+        share *= nn.functional.conv1d(*ones, None, *options).mean().item() / kernel
     return share
 
 

@@ -1,21 +1,18 @@
 """Each norm gets the channels of the weight layer that feeds it, and from them its groups."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from posixpath import join, normpath, relpath
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from gn_practical.layers.protocol import BindableNorm, norm_channels
 from gn_practical.modeling.sources import Feed, combine, observe
-from gn_practical.num_groups import (
-    RULES,
-    check_rule,
-    gradient_variance_ratio,
-    resolve_num_groups,
-)
+from gn_practical.num_groups import RULES, check_rule, gradient_variance_ratio, resolve_num_groups
 
 # One (pattern, value) entry of a config key.
 PatternValues = Sequence[tuple[str, int]]
@@ -59,21 +56,16 @@ class Producer(NamedTuple):
 class BoundTo(NamedTuple):
     """What ``bind_group_norms`` leaves on a norm, as ``norm.bound_to``, for the table of groups.
 
-    ``producers`` are the layers that feed it: names to go up from the norm, and the path down.
+    ``producers`` are the ways to the layers that feed it, as "../conv1" of a ResNet's "bn1".
     """
 
-    producers: tuple[tuple[int, str], ...] = ()
+    producers: tuple[str, ...] = ()
     rule: str = "paper"
     gain_ratio: float = 1.0
 
 
 def bound_to(norm: nn.Module) -> BoundTo:
-    """Return what a norm was bound to; the defaults for one bound by hand, or of another kind.
-
-    Example:
-        >>> bound_to(nn.GroupNorm(1, 8)).rule
-        'paper'
-    """
+    """Return what a norm was bound to; the defaults for one bound by hand, or of another kind."""
     return getattr(norm, "bound_to", BoundTo())
 
 
@@ -97,10 +89,9 @@ def bind_group_norms(
 
     With them a copy of the model runs once, and each norm that runs is bound to the layers whose
     outputs its input is made of, whatever the modules look like; the model is left as it was.
-    Where several layers feed a norm, by concatenation (DenseNet) or by sums (a residual stream),
-    they count as the one layer that they form: n_out is the norm's channels, and n_in the
-    channels of all their inputs, an input that they share once. With He's weights K, taken over
-    all these inputs, is then Eq. 31. Norms that do not run keep what the modules tell.
+    Several layers that feed a norm, by concatenation (DenseNet) or by sums (a residual stream),
+    count as the one layer that they form: n_in is the channels of all their inputs, an input that
+    they share once. Norms that do not run keep what the modules tell.
 
     Args:
         model: any module; Detectron2's, torchvision's or your own.
@@ -146,13 +137,13 @@ def bind_group_norms(
     for path, norm in norms.items():
         choice = groups.get(path, num_groups) or rule
         producers, n_in = feeds[path]
-        near = tuple(_relative(path, producer) for producer in producers)
+        ways = tuple(relpath(_folders(producer), _folders(path)) for producer in producers)
         try:
             number = resolve_num_groups(choice, n_in, norm.num_channels, gain_ratio)
             norm.bind(n_in, number)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        norm.bound_to = BoundTo(near, rule, gain_ratio)
+        norm.bound_to = BoundTo(ways, rule, gain_ratio)
     return group_norm_bindings(model)
 
 
@@ -169,58 +160,37 @@ def group_norm_bindings(model: nn.Module) -> list[GroupNormBinding]:
         >>> group_norm_bindings(model) == table
         True
     """
-    return [_describe(path, norm) for path, norm in _norms(model).items() if norm.in_channels]
+    rows = []
+    for path, norm in _norms(model).items():
+        n_in, n_out, groups = norm.in_channels, norm.num_channels, norm.num_groups
+        if n_in:
+            _, rule, ratio = bound_to(norm)
+            producer = ", ".join(producer_paths(path, norm))
+            ideal = float(RULES[rule](n_in, n_out, ratio))
+            paper = gradient_variance_ratio(n_in, n_out, groups, ratio)
+            rows.append(GroupNormBinding(path, producer, n_in, n_out, rule, ideal, groups, paper))
+    return rows
 
 
 def find_producers(model: nn.Module) -> list[Producer]:
     """List the norms of a model with the weight layer that feeds each, where the modules tell.
 
-    Norms of any kind are listed: batch, group and layer norms, Detectron2's and torch's. A norm
-    is left out where the layer before it has other channels, where another norm claims the same
-    layer, or where the norm, shared, claims several.
-
-    Args:
-        model: any module.
+    Norms of any kind are listed. A norm is left out where the layer before it has other channels,
+    where another norm claims the same layer, or where the norm, shared, claims several.
     """
-    claims: dict[tuple[int, int], Producer] = {}
-    for claim in _claims(model):
-        claims.setdefault((id(claim.norm), id(claim.layer)), claim)  # one may have two paths
-    norms, layers = [n for n, _ in claims], [layer for _, layer in claims]
-    return [
-        claim
-        for (norm, layer), claim in claims.items()
-        if norms.count(norm) == layers.count(layer) == 1
-    ]
+    claims = list(dict.fromkeys(_claims(model)))  # two parents may make the same
+    norms, layers = Counter(c.norm_path for c in claims), Counter(c.path for c in claims)
+    return [c for c in claims if norms[c.norm_path] == layers[c.path] == 1]
 
 
-def producer_paths(norm_path: str, norm: BindableNorm) -> list[str]:
-    """Return the paths of the weight layers that a norm was bound to.
-
-    Args:
-        norm_path: path of the norm now; the model may be part of another since it was bound.
-        norm: a norm that is bound.
-    """
-    names = norm_path.split(".")
-    return [
-        ".".join(filter(None, (*names[: max(len(names) - up, 0)], below)))
-        for up, below in bound_to(norm).producers
-    ]
+def producer_paths(norm_path: str, norm: nn.Module) -> list[str]:
+    """Return the paths of the weight layers that a norm, now at ``norm_path``, was bound to."""
+    ways = bound_to(norm).producers
+    return [normpath(join(_folders(norm_path), way))[1:].replace("/", ".") for way in ways]
 
 
-def layer_channels(layer: nn.Module) -> tuple[int, int]:
-    """Return (in_channels, out_channels) of a convolution or a Linear layer.
-
-    Raises:
-        TypeError: for a module that is no weight layer.
-    """
-    channels = _channels(layer)
-    if channels is None:
-        raise TypeError(f"a weight layer must have input and output channels, got {layer!r}.")
-    return channels
-
-
-def _channels(layer: nn.Module) -> tuple[int, int] | None:
-    """Channels of anything that looks like a convolution (deformable ones too) or a Linear."""
+def layer_channels(layer: nn.Module) -> tuple[int, int] | None:
+    """Return (n_in, n_out) of a convolution, deformable ones too, or a Linear; None of others."""
     if not hasattr(layer, "weight"):
         return None
     for n_in, n_out in (("in_channels", "out_channels"), ("in_features", "out_features")):
@@ -234,32 +204,34 @@ def _norms(model: nn.Module) -> dict[str, BindableNorm]:
 
 
 def _claims(model: nn.Module) -> Iterator[Producer]:
-    for parent_path, parent in model.named_modules():
-        prefix = f"{parent_path}." if parent_path else ""
-        last = (parent_path, parent) if _channels(parent) else None
-        for name, child in parent.named_children():
-            if _channels(child):
-                last = (prefix + name, child)
-            elif any(map(_channels, child.modules())):
+    paths = {id(module): path for path, module in model.named_modules()}
+    for parent in model.modules():
+        last = parent if layer_channels(parent) else None
+        for child in parent.children():
+            if layer_channels(child):
+                last = child
+            elif any(map(layer_channels, child.modules())):
                 last = None  # its last layer, whichever that is, is nearer
             channels = norm_channels(child)
-            if channels and last and _channels(last[1])[1] == channels:
-                yield Producer(prefix + name, child, *last)
+            if channels and last is not None and layer_channels(last)[1] == channels:
+                yield Producer(paths[id(child)], child, paths[id(last)], last)
 
 
 def _find_feeds(
     model: nn.Module, norms: dict[str, BindableNorm], example_inputs: Any
 ) -> tuple[dict[str, Feed], dict[str, str]]:
     """Return what feeds each norm, and why that is not known of the others."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    claims = {paths[id(p.norm)]: p for p in find_producers(model)}
-    claims = {path: claims[path] for path in norms if path in claims}
-    feeds = {path: Feed((paths[id(c.layer)],), _channels(c.layer)[0]) for path, c in claims.items()}
+    feeds = {
+        norm_path: Feed((path,), layer_channels(layer)[0])
+        for norm_path, _, path, layer in find_producers(model)
+    }
     reasons = dict.fromkeys(norms, "its siblings do not tell which weight layer runs before it")
     if example_inputs is None:
         return feeds, reasons
-    layers = {path: channels for path, m in model.named_modules() if (channels := _channels(m))}
-    calls, order = observe(model, _runner(example_inputs), layers, norms)
+    layers = {path: n for path, m in model.named_modules() if (n := layer_channels(m))}
+    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    run = example_inputs if callable(example_inputs) else lambda shadow: shadow(*arguments)
+    calls, order = observe(model, run, layers, norms)
     for path, sources in calls.items():
         if any(sources):
             found = combine(sources, layers, norms[path].num_channels)
@@ -275,35 +247,9 @@ def _find_feeds(
     return feeds, reasons
 
 
-def _relative(norm_path: str, path: str) -> tuple[int, str]:
-    """Return the way from a norm to a layer: names to go up, and the path down from there."""
-    names, others = norm_path.split("."), path.split(".")
-    shared = 0
-    while names[shared : shared + 1] == others[shared : shared + 1]:
-        shared += 1
-    return len(names) - shared, ".".join(others[shared:])
-
-
-def _runner(example_inputs: Any) -> Callable[[nn.Module], Any]:
-    if callable(example_inputs):
-        return example_inputs
-    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    return lambda model: model(*arguments)
-
-
-def _describe(path: str, norm: BindableNorm) -> GroupNormBinding:
-    channels = (norm.in_channels, norm.num_channels)
-    _, rule, gain_ratio = bound_to(norm)
-    return GroupNormBinding(
-        norm=path,
-        producer=", ".join(producer_paths(path, norm)),
-        in_channels=norm.in_channels,
-        out_channels=norm.num_channels,
-        rule=rule,
-        ideal_num_groups=float(RULES[rule](*channels, gain_ratio)),
-        num_groups=norm.num_groups,
-        gradient_variance_ratio=gradient_variance_ratio(*channels, norm.num_groups, gain_ratio),
-    )
+def _folders(path: str) -> str:
+    """Turn the path of a module into that of a file, whose ways to others posixpath knows."""
+    return "/" + path.replace(".", "/")
 
 
 def _match(entries: PatternValues, norms: dict[str, Any], name: str) -> dict[str, int]:
@@ -319,7 +265,7 @@ def _match(entries: PatternValues, norms: dict[str, Any], name: str) -> dict[str
         if not paths:
             raise ValueError(
                 f"{name} must match at least one PGN layer, got pattern {entry[0]!r}. The model "
-                f"has {len(norms)} such layers: {_some(list(norms))}."
+                f"has {len(norms)} such layers: {some(list(norms))}."
             )
         matched.update(dict.fromkeys(paths, entry[1]))
     return matched
@@ -336,13 +282,14 @@ def _raise_unbound(model: nn.Module, reasons: dict[str, str]) -> None:
     ]
     raise ValueError(
         f"every PGN layer must follow a weight layer of its channels, got {len(lines)} in "
-        f"{type(model).__name__} whose input channels are not known: {_some(lines)}. Let a run "
+        f"{type(model).__name__} whose input channels are not known: {some(lines)}. Let a run "
         "show them, bind_group_norms(model, example_inputs=...), or give them: "
         f'MODEL.PGN.IN_CHANNELS (("{next(iter(reasons))}", 256),) or '
         "bind_group_norms(model, in_channels=...)."
     )
 
 
-def _some(items: list[str], most: int = 8) -> str:
+def some(items: Sequence[str], most: int = 8) -> str:
+    """Join the first items for a message, and say how many more there are."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return (", ".join(items[:most]) or "none") + more

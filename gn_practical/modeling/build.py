@@ -21,7 +21,7 @@ from gn_practical.modeling.fusion import fuse_norms
 def build_model(cfg: CfgNode) -> nn.Module:
     """Build the model of a config, bind its "PGN" norms and standardize weights where asked.
 
-    Logs the table of the groups. See :func:`bind_model` for what it reads from the config.
+    Logs the table of the groups.
 
     Args:
         cfg: a Detectron2 config with the keys of :func:`gn_practical.add_pgn_config`.
@@ -53,28 +53,19 @@ def build_model(cfg: CfgNode) -> nn.Module:
         what = backend(cfg.MODEL.DEVICE)
         logger.info("%d norms take their ReLU along. PGN layers run %s.", len(paths), what)
     if cfg.MODEL.PGN.RECOMPUTE:
-        _check_memory_mode(len(table), cfg.MODEL.PGN.FUSED)
+        if not (table and cfg.MODEL.PGN.FUSED):
+            raise ValueError(
+                "MODEL.PGN.RECOMPUTE must meet PGN norms that run as one with their ReLU, got "
+                f"{len(table)} PGN norms and MODEL.PGN.FUSED={cfg.MODEL.PGN.FUSED}. Set "
+                'MODEL.PGN.FUSED True and a NORM to "PGN", or MODEL.PGN.RECOMPUTE False.'
+            )
         recompute_outputs(model)
         logger.info("Outputs of PGN layers are computed again in the backward pass, not stored.")
     return model
 
 
-def _check_memory_mode(norms: int, fused: bool) -> None:
-    if not norms or not fused:
-        raise ValueError(
-            "MODEL.PGN.RECOMPUTE must meet PGN norms that run as one with their ReLU, got "
-            f"{norms} PGN norms and MODEL.PGN.FUSED={fused}. Set MODEL.PGN.FUSED True and a NORM "
-            'to "PGN", or MODEL.PGN.RECOMPUTE False.'
-        )
-
-
 def bind_model(model: nn.Module, cfg: CfgNode) -> list[GroupNormBinding]:
-    """Bind the norms of a model as ``cfg.MODEL.PGN`` says.
-
-    Args:
-        model: the model of ``cfg``.
-        cfg: a config with the keys of :func:`gn_practical.add_pgn_config`.
-    """
+    """Bind the norms of a model as ``cfg.MODEL.PGN`` says, if it has any."""
     pgn = cfg.MODEL.PGN
     for module in model.modules():
         if hasattr(module, "allow_degenerate"):
@@ -93,10 +84,7 @@ def bind_model(model: nn.Module, cfg: CfgNode) -> list[GroupNormBinding]:
 
 
 def _run_backbone(model: nn.Module) -> None:
-    """Run the backbone on the meta device, without memory or arithmetic, as far as it goes.
-
-    The heads need proposals, which have no shape before they have values.
-    """
+    """Run the backbone on the meta device; the heads need proposals, which have no shape there."""
     try:
         backbone = model.backbone.to("meta")
         square = backbone.padding_constraints.get("square_size", 0)

@@ -7,7 +7,7 @@ from detectron2 import layers
 from torch import nn
 
 from gn_practical.layers import WSConv2d
-from gn_practical.modeling.binding import Producer, find_producers
+from gn_practical.modeling.binding import find_producers
 
 
 def convert_to_ws(model: nn.Module, exclude: Sequence[str] = ()) -> list[str]:
@@ -33,38 +33,26 @@ def convert_to_ws(model: nn.Module, exclude: Sequence[str] = ()) -> list[str]:
         20
     """
     producers = [p for p in find_producers(model) if not isinstance(p.layer, nn.Linear)]
-    _check_patterns(exclude, [p.path for p in producers])
-    chosen = [p for p in producers if not any(fnmatchcase(p.path, x) for x in exclude)]
-    _raise_inconvertible(chosen)
-    for producer in chosen:
-        if not isinstance(producer.layer, WSConv2d):
-            _convert(producer.layer)
-    return [producer.path for producer in chosen]
-
-
-def _convert(conv: nn.Conv2d) -> None:
-    if type(conv) is nn.Conv2d:
-        conv.norm = conv.activation = None  # what detectron2.layers.Conv2d has besides
-    conv.__class__ = WSConv2d
-
-
-def _check_patterns(exclude: Sequence[str], paths: list[str]) -> None:
     for pattern in exclude:
-        if not any(fnmatchcase(path, pattern) for path in paths):
+        if not any(fnmatchcase(p.path, pattern) for p in producers):
             raise ValueError(
                 f"MODEL.WS.EXCLUDE must match convolutions that a norm follows, got {pattern!r}, "
-                f"which matches none of the {len(paths)}. Correct or remove the pattern."
+                f"which matches none of the {len(producers)}. Correct or remove the pattern."
             )
-
-
-def _raise_inconvertible(producers: list[Producer]) -> None:
-    others = [f"{p.path} ({_reason(p.layer)})" for p in producers if _reason(p.layer)]
+    chosen = [p for p in producers if not any(fnmatchcase(p.path, x) for x in exclude)]
+    others = [f"{p.path} ({_reason(p.layer)})" for p in chosen if _reason(p.layer)]
     if others:
         raise ValueError(
             "weight standardization must meet plain convolutions with filters of at least two "
             f"numbers, got {', '.join(others)}. List them in MODEL.WS.EXCLUDE, or in "
             "convert_to_ws(model, exclude=...)."
         )
+    for conv in (producer.layer for producer in chosen):
+        if type(conv) is nn.Conv2d:
+            conv.norm = conv.activation = None  # what detectron2.layers.Conv2d has besides
+        if not isinstance(conv, WSConv2d):
+            conv.__class__ = WSConv2d
+    return [producer.path for producer in chosen]
 
 
 def _reason(layer: nn.Module) -> str:

@@ -1,16 +1,13 @@
 """Norm, residual sum and ReLU of a built model as one operator, by a rewrite in place.
 
-Detectron2 and torchvision apply the ReLU after a norm in three places: ``Conv2d.activation``, the
-ResNet blocks with their residual sum, and ``nn.Sequential``. Where one of these has the structure
-known here, its class becomes a subclass whose forward calls ``norm(x, residual, relu=True)``.
-Modules, parameters and state-dict keys stay what they are, and anything else is left untouched. A
-flag on the norm would do with fewer classes, but not for a norm or a ReLU that is used twice.
-
-While a hook watches a part, the parts run one by one, so hooks see what they always did.
+Where ``Conv2d.activation``, a ResNet block or ``nn.Sequential`` has the structure known here, its
+class becomes a subclass whose forward calls ``norm(x, residual, relu=True)``. Modules, parameters
+and state-dict keys stay what they are. A flag on the norm would do with fewer classes, but not for
+a norm or a ReLU that is used twice. While a hook watches a part, the parts run one by one.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch.nn.functional as F
@@ -48,20 +45,18 @@ def fuse_norms(model: nn.Module, required_only: bool = False) -> list[str]:
         >>> len(fuse_norms(model))
         16
     """
-    chosen: set[int] = set()
+    chosen: set[nn.Module] = set()
     for module in model.modules():
         fused = _FUSED.get(type(module))
         norms = fused.norms(module) if fused is not None else []
         own = [norm for norm in norms if isinstance(norm, OwnActivation)]
-        if not norms or (required_only and not own):
-            continue
-        module.__class__ = fused
-        chosen.update(map(id, norms))
+        if own or (norms and not required_only):
+            module.__class__ = fused
+            chosen.update(norms)
         for norm in own:
             norm.take_relu()
-    paths = {path: id(module) in chosen for path, module in model.named_modules()}
     _warn_of_plain_relu(model)
-    return [path for path, is_fused in paths.items() if is_fused]
+    return [path for path, module in model.named_modules() if module in chosen]
 
 
 def _warn_of_plain_relu(model: nn.Module) -> None:
@@ -112,23 +107,26 @@ def _conv_norm_relu(conv: Conv2d, x: Tensor, residual: Tensor | None = None) -> 
     return _norm_relu(conv.norm, _convolve(conv, x), residual)
 
 
+# Each class lists the norms that take their activation along, ``norms``: none, where the module is
+# not as it was built.
+
+
 def _plain_norms(*convs: nn.Module) -> list[nn.Module]:
-    """List the norms of convolutions of Detectron2, or nothing where one is not as built."""
     known = all(type(c) in (Conv2d, WSConv2d) and c.activation is None for c in convs)
-    return _all_fusable(c.norm for c in convs) if known else []
-
-
-def _all_fusable(norms: Iterable[nn.Module | None]) -> list[nn.Module]:
-    norms = list(norms)
+    norms = [conv.norm for conv in convs] if known else []
     return norms if all(map(is_fusable, norms)) else []
 
 
-class _FusedActivation:
-    """A convolution of Detectron2 with a norm and ReLU."""
+def _numbered(block: nn.Module, name: str) -> list[nn.Module]:
+    """List name1, name2 and, of a bottleneck, name3."""
+    numbers = "123" if isinstance(block, d2.BottleneckBlock | tv.Bottleneck) else "12"
+    return [getattr(block, name + number) for number in numbers]
 
+
+class _FusedActivation:
     @staticmethod
     def norms(conv: Conv2d) -> list[nn.Module]:
-        return _all_fusable([conv.norm]) if _is_relu(conv.activation) else []
+        return [conv.norm] if _is_relu(conv.activation) and is_fusable(conv.norm) else []
 
     def forward(self, x: Tensor) -> Tensor:
         return _norm_relu(self.norm, _convolve(self, x), relu=self.activation)
@@ -147,7 +145,7 @@ class FusedStem(d2.BasicStem):
 
     @staticmethod
     def norms(stem: d2.BasicStem) -> list[nn.Module]:
-        """List the norms that apply the ReLU, none if the stem is not as built."""
+        """List its norm."""
         return _plain_norms(stem.conv1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,64 +154,48 @@ class FusedStem(d2.BasicStem):
 
 
 class _FusedBlock:
-    """A residual block of Detectron2, whose convolutions are ``conv1`` to ``convN``."""
-
-    DEPTH: int
-
-    @classmethod
-    def norms(cls, block: nn.Module) -> list[nn.Module]:
-        return _plain_norms(*(getattr(block, f"conv{i}") for i in range(1, cls.DEPTH + 1)))
+    @staticmethod
+    def norms(block: nn.Module) -> list[nn.Module]:
+        return _plain_norms(*_numbered(block, "conv"))
 
     def forward(self, x: Tensor) -> Tensor:
+        *convs, last = _numbered(self, "conv")
         out = x
-        for i in range(1, self.DEPTH):
-            out = _conv_norm_relu(getattr(self, f"conv{i}"), out)
-        shortcut = x if self.shortcut is None else self.shortcut(x)
-        return _conv_norm_relu(getattr(self, f"conv{self.DEPTH}"), out, shortcut)
+        for conv in convs:
+            out = _conv_norm_relu(conv, out)
+        return _conv_norm_relu(last, out, x if self.shortcut is None else self.shortcut(x))
 
 
 class FusedBasicBlock(_FusedBlock, d2.BasicBlock):
     """Detectron2's block of ResNet-18 and -34."""
 
-    DEPTH = 2
-
 
 class FusedBottleneckBlock(_FusedBlock, d2.BottleneckBlock):
     """Detectron2's block of ResNet-50, 101 and 152."""
 
-    DEPTH = 3
-
 
 class _FusedTorchvisionBlock:
-    """A residual block of torchvision: ``conv1, bn1, relu`` to ``convN, bnN``, sum, ``relu``."""
-
-    DEPTH: int
-
-    @classmethod
-    def norms(cls, block: nn.Module) -> list[nn.Module]:
-        norms = _all_fusable(getattr(block, f"bn{i}") for i in range(1, cls.DEPTH + 1))
-        return norms if _is_relu(block.relu) else []
+    @staticmethod
+    def norms(block: nn.Module) -> list[nn.Module]:
+        norms = _numbered(block, "bn")
+        return norms if _is_relu(block.relu) and all(map(is_fusable, norms)) else []
 
     def forward(self, x: Tensor) -> Tensor:
+        (*convs, last), (*norms, last_norm) = _numbered(self, "conv"), _numbered(self, "bn")
         out = x
-        for i in range(1, self.DEPTH):
-            out = getattr(self, f"conv{i}")(out)
-            out = _norm_relu(getattr(self, f"bn{i}"), out, relu=self.relu)
-        out = getattr(self, f"conv{self.DEPTH}")(out)
+        for conv, norm in zip(convs, norms, strict=True):
+            out = _norm_relu(norm, conv(out), relu=self.relu)
+        out = last(out)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return _norm_relu(getattr(self, f"bn{self.DEPTH}"), out, shortcut, self.relu)
+        return _norm_relu(last_norm, out, shortcut, self.relu)
 
 
 class FusedTorchvisionBasicBlock(_FusedTorchvisionBlock, tv.BasicBlock):
     """torchvision's block of ResNet-18 and -34."""
 
-    DEPTH = 2
-
 
 class FusedTorchvisionBottleneck(_FusedTorchvisionBlock, tv.Bottleneck):
     """torchvision's block of ResNet-50, 101 and 152."""
-
-    DEPTH = 3
 
 
 class FusedSequential(nn.Sequential):
@@ -221,7 +203,7 @@ class FusedSequential(nn.Sequential):
 
     @staticmethod
     def norms(layers: nn.Sequential) -> list[nn.Module]:
-        """List the norms that a ReLU follows."""
+        """List those that a ReLU follows."""
         return [norm for norm, after in pairwise(layers) if _is_pair(norm, after)]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
 """Norm types for Detectron2's ``get_norm``. The project's only monkeypatch.
 
-``detectron2.layers.get_norm`` looks its argument up in a dict that is closed to extensions, and a
-dozen modules of Detectron2 import the function by name. So every module that holds it, under
-whatever name, gets a function in its place that knows the registered names and asks the one that
-was there for all others. That one may be another extension's: each is wrapped by itself.
+``detectron2.layers.get_norm`` knows a closed dict, and a dozen modules import the function by name.
+So every module that holds it, under whatever name, gets a function in its place that knows the
+registered names and asks the one that was there for all others, which may be another extension's.
 """
 
 import functools
@@ -57,7 +56,7 @@ def register_norm(name: str, factory: NormFactory) -> None:
     if not name or name in _DETECTRON2 or _factories.get(name, factory) is not factory:
         raise ValueError(
             f"name must be one that no other norm has, got name={name!r}. Known are "
-            f"{', '.join(_known_names())}. Choose another name."
+            f"{', '.join([*_DETECTRON2, *_factories])}. Choose another name."
         )
     _factories[name] = factory
     register_pgn()
@@ -102,41 +101,26 @@ def _wrap(previous: Callable[..., Any]) -> Callable[..., Any]:
         except KeyError as error:
             if error.args != (norm,):
                 raise
-        raise UnknownNormError(_explain(norm))
+        known = [*_DETECTRON2, *_factories]
+        close = get_close_matches(norm, known, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise UnknownNormError(
+            f"NORM must be one of {', '.join(known)} or empty, got NORM={norm!r}.{hint} Correct "
+            "the NORM keys of the config, or add the norm with gn_practical.register_norm."
+        )
 
     return get_norm
-
-
-def _explain(norm: str) -> str:
-    known = _known_names()
-    close = get_close_matches(norm, known, n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    return (
-        f"NORM must be one of {', '.join(known)} or empty, got NORM={norm!r}.{hint} Correct the "
-        "NORM keys of the config, or add the norm with gn_practical.register_norm."
-    )
-
-
-def _known_names() -> list[str]:
-    return [*_DETECTRON2, *_factories]
 
 
 def _holders() -> list[tuple[ModuleType, str, Callable[..., Any]]]:
     """List the globals of all modules that hold ``get_norm``: Detectron2's, its successor, ours."""
     present = {id(f) for f in (batch_norm.get_norm, layers.get_norm, *_replaced)}
+    original = "get_norm", batch_norm.__name__  # others may have replaced it in some modules only
     return [
         (module, name, value)
         for module in list(sys.modules.values())
         if isinstance(module, ModuleType)
         for name, value in list(vars(module).items())
-        if id(value) in present or _is_detectron2s(value)
+        if id(value) in present
+        or (type(value) is FunctionType and (value.__qualname__, value.__module__) == original)
     ]
-
-
-def _is_detectron2s(value: object) -> bool:
-    """Whether it is the original, which others may have replaced in some modules only."""
-    return (
-        type(value) is FunctionType  # isinstance would ask the value, which may warn
-        and value.__qualname__ == "get_norm"
-        and value.__module__ == batch_norm.__name__
-    )

@@ -11,6 +11,7 @@ weight layer (attention). Left out: a factor that is broadcast over the features
 import copy
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -32,12 +33,9 @@ _PRODUCTS = ("mul", "imul", "rmul", "multiply", "div", "idiv", "truediv", "itrue
 
 
 class Source(NamedTuple):
-    """A weight layer that ran, and a number for the tensor that it ran on.
+    """A weight layer that ran, and a number for the tensor that it ran on."""
 
-    ``path`` is empty for features that were mixed outside of any weight layer.
-    """
-
-    path: str
+    path: str  # empty for features that were mixed outside of any weight layer
     tensor: int
 
 
@@ -48,29 +46,17 @@ class Feed(NamedTuple):
     in_channels: int
 
 
-class Observation(NamedTuple):
-    """What a run showed: each norm's sources, call by call, and when each module ran first."""
-
-    calls: dict[str, list[frozenset[Source]]]
-    order: dict[str, int]
-
-
 def observe(
     model: nn.Module,
     run: Callable[[nn.Module], Any],
     layers: Iterable[str],
     norms: Container[str],
-) -> Observation:
+) -> tuple[dict[str, list[frozenset[Source]]], dict[str, int]]:
     """Run a copy of a model once, in evaluation mode, and see what feeds its norms.
 
-    The copy shares the model's parameters and has its own buffers, so the run leaves nothing
-    behind; the state of torch's random numbers is restored.
-
-    Args:
-        model: any module.
-        run: runs the copy that it is given.
-        layers: paths of the weight layers.
-        norms: paths of the norms; in the copy they run with one group, bound or not.
+    Returns each norm's sources, call by call, and when each module ran first. The copy shares the
+    model's parameters and has its own buffers, so the run leaves nothing behind; the state of
+    torch's random numbers is restored. In the copy norms run with one group, bound or not.
     """
     shadow = _copy(model)
     modules = dict(shadow.named_modules())
@@ -82,7 +68,7 @@ def observe(
     watch = _Watch(modules, set(layers), norms)
     with torch.random.fork_rng(devices), torch.no_grad(), watch:
         run(shadow)
-    return Observation(watch.calls, watch.order)
+    return watch.calls, watch.order
 
 
 def combine(
@@ -91,12 +77,8 @@ def combine(
     """Return the one layer that all sources of a norm form, or why they form none.
 
     Concatenated or summed, the outputs of several layers are that of one layer whose input is all
-    of theirs together.
-
-    Args:
-        calls: the sources of each call of the norm.
-        layers: input and output channels of the weight layers.
-        num_channels: of the norm.
+    of theirs together. ``calls`` are the sources of each call of the norm, ``layers`` the input and
+    output channels of the weight layers.
     """
     feeds: dict[int, dict[str, None]] = {}  # n_in -> paths of the layers
     for sources in calls:
@@ -149,12 +131,10 @@ class _Watch(TorchFunctionMode):
 
     def __enter__(self) -> "_Watch":
         for path, module in self._modules.items():
-            hooks = (
-                module.register_forward_pre_hook(self._before(path), with_kwargs=True),
-                module.register_forward_hook(self._after(path), with_kwargs=True, always_call=True),
-            )
-            for hook in hooks:
-                self._hooks.callback(hook.remove)
+            before, after = partial(self._before, path), partial(self._after, path)
+            attach = self._hooks.enter_context  # a handle is a context that removes its hook
+            attach(module.register_forward_pre_hook(before, with_kwargs=True))
+            attach(module.register_forward_hook(after, with_kwargs=True, always_call=True))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -168,8 +148,8 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", "").strip("_")
-        inputs = list(_tensors((args, kwargs)))
-        outputs = inputs[:1] if name == "setitem" else list(_tensors(result))
+        inputs = list(tensors((args, kwargs)))
+        outputs = inputs[:1] if name == "setitem" else list(tensors(result))
         if name in _MIXING:
             sources = self._mixed(inputs)
         else:
@@ -193,40 +173,34 @@ class _Watch(TorchFunctionMode):
             if sources and tensor.is_floating_point():
                 self._sources[tensor] = sources
 
-    def _before(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            inputs = list(_tensors((args, kwargs)))[:1]
-            for tensor in inputs:
-                if tensor not in self._numbers:
-                    self._numbers[tensor] = next(self._count)
-            self._running.append((path, self._numbers[inputs[0]] if inputs else 0))
-            self.order.setdefault(path, len(self.order))
-            if path in self._norms:
-                self.calls.setdefault(path, []).append(self._of(inputs))
+    def _before(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs = list(tensors((args, kwargs)))[:1]
+        for tensor in inputs:
+            if tensor not in self._numbers:
+                self._numbers[tensor] = next(self._count)
+        self._running.append((path, self._numbers[inputs[0]] if inputs else 0))
+        self.order.setdefault(path, len(self.order))
+        if path in self._norms:
+            self.calls.setdefault(path, []).append(self._of(inputs))
 
-        return hook
-
-    def _after(self, path: str) -> Callable[..., None]:
-        leaf = not any(self._modules[path].children())
-
-        def hook(module: nn.Module, args: tuple, kwargs: dict, result: Any) -> None:
-            _, number = self._running.pop()
-            outputs = list(_tensors(result))
-            if path in self._layers and leaf:  # whatever it ran
-                self._mark(outputs, frozenset({Source(path, number)}))
-            elif leaf:  # may have run a function that torch does not show
-                hidden = [t for t in outputs if t not in self._sources]
-                self._mark(hidden, self._of(_tensors((args, kwargs))))
-
-        return hook
+    def _after(self, path: str, module: nn.Module, args: tuple, kwargs: dict, result: Any) -> None:
+        _, number = self._running.pop()
+        if any(module.children()):
+            return
+        outputs = list(tensors(result))
+        if path in self._layers:  # whatever it ran
+            self._mark(outputs, frozenset({Source(path, number)}))
+        else:  # may have run a function that torch does not show
+            hidden = [t for t in outputs if t not in self._sources]
+            self._mark(hidden, self._of(tensors((args, kwargs))))
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def tensors(values: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested tuples, lists and dicts."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, dict):
-        yield from _tensors(tuple(values.values()))
+        yield from tensors(tuple(values.values()))
     elif isinstance(values, tuple | list):
         for value in values:
-            yield from _tensors(value)
+            yield from tensors(value)

@@ -68,8 +68,9 @@ def main() -> None:
     args = parse_args()
     # After parsing: importing torch takes seconds, and --help should not.
     from paper_tables import table1
+    from paper_tables.files import check_output, save_rows
 
-    from gn_practical.analysis import check_output, format_rows, save_rows
+    from gn_practical.analysis import format_rows
 
     if args.output:
         check_output(args.output)

@@ -42,9 +42,10 @@ def main() -> None:
     args = parse_args()
     # After parsing: importing torch takes seconds, and --help should not.
     import torch
+    from paper_tables.files import check_output, save_rows
     from paper_tables.table2 import SIGMAS, TABLE2_ACTIVATIONS, read_paper, table2_rows
 
-    from gn_practical.analysis import check_output, format_rows, save_rows
+    from gn_practical.analysis import format_rows
 
     if args.output:
         check_output(args.output)

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from gn_practical.activation_gain import ACTIVATIONS, activation_gain
 from gn_practical.analysis import Row
-from gn_practical.analysis.exact_factor import (
+from gn_practical.num_groups import check_num_groups, gradient_variance_ratio
+from paper_tables.theory import (
     exact_factor,
     linear_input_correction,
     paper_factor,
@@ -25,7 +26,6 @@ from gn_practical.analysis.exact_factor import (
     shared_fraction,
     slope_moments,
 )
-from gn_practical.num_groups import check_num_groups, gradient_variance_ratio
 from paper_tables.unit_block import (
     estimate_ratios,
     gradient_squares,

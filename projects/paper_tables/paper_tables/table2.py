@@ -11,8 +11,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gn_practical.activation_gain import activation_gain, elementwise_squares
-from gn_practical.analysis import Row, read_rows
+from gn_practical.activation_gain import (
+    activation_gain,
+    elementwise_squares,
+    resolve_activation,
+)
+from gn_practical.analysis import Row
+from paper_tables.files import read_rows
 
 # Our choice: the activations in common use, first those with one scale (B/F = 1 at every σ).
 TABLE2_ACTIVATIONS = (
@@ -118,7 +123,7 @@ def _sampled_gain(
     means, products = torch.zeros(2).double(), torch.zeros(2, 2).double()
     for start in range(0, samples, _CHUNK):
         z = torch.randn(min(_CHUNK, samples - start), generator=generator) * sigma
-        squares = elementwise_squares(name, z)
+        squares = elementwise_squares(*resolve_activation(name), z)
         means += squares.sum(dim=1) / samples
         products += squares @ squares.T / samples
     scale = torch.tensor([sigma**-2, 1.0], dtype=torch.float64)

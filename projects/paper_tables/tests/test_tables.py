@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from paper_tables.files import check_output, save_rows
 from paper_tables.table1 import (
     Stack,
     convolution_rows,
@@ -16,17 +17,7 @@ from paper_tables.table1 import (
     table1_rows,
 )
 from paper_tables.table2 import SIGMAS, TABLE2_ACTIVATIONS, read_paper, table2_rows
-from paper_tables.unit_block import (
-    estimate_ratios,
-    gradient_squares,
-    linear_gradients,
-    relu_maps,
-)
-
-from gn_practical.activation_gain import ACTIVATIONS, activation_gain
-from gn_practical.analysis import check_output, format_rows, save_rows
-from gn_practical.analysis.exact_factor import (
-    convolution_factor,
+from paper_tables.theory import (
     exact_factor,
     linear_input_correction,
     paper_factor,
@@ -35,6 +26,17 @@ from gn_practical.analysis.exact_factor import (
     shared_fraction,
     slope_moments,
 )
+from paper_tables.unit_block import (
+    estimate_ratios,
+    gradient_squares,
+    linear_gradients,
+    relu_maps,
+)
+
+from gn_practical.activation_gain import ACTIVATIONS, activation_gain
+from gn_practical.analysis import exact_factor as package
+from gn_practical.analysis import format_rows
+from gn_practical.analysis.exact_factor import convolution_factor
 from gn_practical.num_groups import exact_ideal_num_groups
 
 PROJECT = Path(__file__).parents[1]
@@ -69,7 +71,10 @@ def test_eps_bounds_small_groups():
 
 
 def test_factors_meet_at_four_alone():
-    assert exact_factor(4) == paper_factor(4) == 2
+    assert exact_factor(4) == package.exact_factor(4) == paper_factor(4) == 2
+    assert [exact_factor(n) for n in range(2, 99)] == [
+        package.exact_factor(n) for n in range(2, 99)
+    ]
     assert all(exact_factor(n) < paper_factor(n) for n in range(5, 200))
 
 

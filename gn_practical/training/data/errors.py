@@ -1,5 +1,9 @@
 """The one error that a data set raises."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+
 _MARK = "DatasetError: "
 
 
@@ -20,3 +24,16 @@ class DatasetError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(str(message).rpartition(_MARK)[2].strip())
+
+
+@contextmanager
+def writing(path: str | PathLike) -> Iterator[None]:
+    """Make a `DatasetError` of what goes wrong in writing a file, or of what forbids it."""
+    try:
+        yield
+    except OSError as error:
+        raise DatasetError(
+            f"{path} must be a file that can be written, got: {error}. Choose another."
+        ) from None
+    except ValueError as error:
+        raise DatasetError(str(error)) from None

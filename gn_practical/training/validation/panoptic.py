@@ -1,43 +1,54 @@
 """Faults of a panoptic json, its PNGs, and the PNGs of stuff labels made from them."""
 
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gn_practical.training.data.coco_format import (
+    FILE_NAME,
+    FLAG,
+    ID,
+    LIST,
     VOID,
+    WHOLE,
+    Kind,
+    is_number,
+    repeated,
     rgb_to_id,
     stuff_labels,
 )
 from gn_practical.training.data.errors import DatasetError
-from gn_practical.training.validation.annotations import Size
-from gn_practical.training.validation.files import Decoded, read_pixels
+from gn_practical.training.validation.coco import Coco, Names, Session, Sound, describe_size, split
+from gn_practical.training.validation.files import Decoded, Size, read_pixels
 from gn_practical.training.validation.findings import Fault
-from gn_practical.training.validation.images import (
-    Images,
-    Names,
-    Session,
-    category_ids,
-    check_lists,
-    describe_size,
-    is_file_name,
-    is_id,
-    lacking_keys,
-    repeated,
-    sound_categories,
-)
 
 TOLERANCE = 1  # pixels of a segment's area and of each side of its box
 _LISTED = 10  # ids of one PNG that the json lacks; more are one fault
 _OTHER_LABELS = 0.01  # share of a stuff PNG's pixels that may disagree with the panoptic PNG
 _LOOKED_AT = 4  # stuff PNGs whose labels are read where files are not decoded
 
+_ANNOTATION = {"image_id": ID, "file_name": FILE_NAME, "segments_info": LIST}
+_SEGMENT = {"id": WHOLE, "category_id": ID}
+_AREA: Kind = (
+    lambda value: is_number(value) and 0 <= value < float("inf"),
+    "a finite number from 0 on",  # PQ takes the json's area
+)
+
 Box = tuple[int, int, int, int]  # x, y, width, height
 Part = tuple[str, tuple[str | int, ...], Any, str]  # reason, rest of the entry, segment id, detail
-Segments = Mapping[int, tuple[int, dict[str, Any]]]  # position and segment, by id
+Segments = dict[int, tuple[int, dict[str, Any]]]  # position and segment, by id
+
+
+class Task(NamedTuple):
+    """One annotation: its file name, the sizes of its image, its sound segments."""
+
+    name: str
+    sizes: Sequence[Size]
+    segments: Segments
 
 
 class PanopticTarget(NamedTuple):
@@ -65,46 +76,38 @@ class PanopticTarget(NamedTuple):
 
     def check(self, session: Session) -> Iterator[Fault]:
         """Yield all faults; see `InstancesTarget.check`."""
-        opened = yield from check_lists(self.json, self.image_root, self.names, session)
-        if not opened:
+        coco = Coco(self.json, self.image_root, self.names)
+        if not (yield from coco.check(session)):
             return
-        content, images = opened
         labels = None
         try:
-            labels = stuff_labels(sound_categories(content), self.json)
+            labels = stuff_labels(coco.categories, self.json)
         except DatasetError as error:
             yield Fault("category malformed", self.json, detail=str(error))
-        sound = {}
-        for index, annotation in enumerate(content["annotations"]):
-            if problem := _malformed(annotation):
-                yield self._fault("annotation malformed", index, annotation, detail=problem)
-            else:
-                sound[index] = annotation
-        yield from self._check_images(sound, images, session.images.get(self.instances_json))
-        if self.files and not session.decode:
+        sound, wrong = split(coco.annotations, _ANNOTATION)
+        for index, problem in wrong.items():
+            annotation = coco.annotations[index]
+            yield self._fault("annotation malformed", index, annotation, detail=problem)
+        yield from self._check_images(sound, coco, session.images.get(self.instances_json))
+        tasks, known = {}, coco.category_ids
+        for index, annotation in sound.items():
+            if annotation["image_id"] in coco.by_id:
+                parts, segments = _check_segments(annotation["segments_info"], known, self.area)
+                yield from self._faults(index, annotation, parts)
+                sizes = coco.sizes[annotation["image_id"]]
+                tasks[index] = Task(annotation["file_name"], sizes, segments)
+        if self.files and session.pool is None:
             yield from self._check_present(sound, session)
-        known = [index for index, a in sound.items() if a["image_id"] in images.by_id]
-        looks = self._looks(session.decode, len(known))
-        tasks = [
-            (sound[index], images.sizes[sound[index]["image_id"]], look)
-            for index, look in zip(known, looks, strict=True)
-        ]
-        ids = category_ids(content, self.names)
-        check = partial(_check_task, target=self, known=ids, labels=labels)
-        title = f"Panoptic PNGs of {os.path.basename(self.json)}"
-        for index, parts in zip(known, session.pool.map(check, tasks, title, 16), strict=True):
-            for reason, rest, segment_id, detail in parts:
-                yield self._fault(reason, index, sound[index], rest, segment_id, detail)
-
-    def _looks(self, decode: bool, count: int) -> list[str]:
-        """Say of each annotation which PNGs to read: all, or the labels of the first few."""
-        if not self.files:
-            return [""] * count
-        few = min(count, _LOOKED_AT)
-        return ["all"] * count if decode else ["labels"] * few + [""] * (count - few)
+            yield from self._look_at_labels(sound, tasks, labels)
+        elif self.files:
+            check = partial(_check_pngs, target=self, labels=labels)
+            title = f"Panoptic PNGs of {os.path.basename(self.json)}"
+            results = session.pool.map(check, list(tasks.values()), title, 16)
+            for index, parts in zip(tasks, results, strict=True):
+                yield from self._faults(index, sound[index], parts)
 
     def _check_images(
-        self, sound: Mapping[int, dict[str, Any]], images: Images, others: dict[Any, str] | None
+        self, sound: Sound, coco: Coco, others: dict[Any, str] | None
     ) -> Iterator[Fault]:
         """Compare the images that are annotated with those listed, here and in the other json."""
         for index in repeated({index: a["image_id"] for index, a in sound.items()}):
@@ -112,41 +115,51 @@ class PanopticTarget(NamedTuple):
             yield self._fault("panoptic annotation twice", index, sound[index], detail=detail)
         annotated = {annotation["image_id"]: index for index, annotation in sound.items()}
         for image_id, index in annotated.items():
-            if images.lacks(image_id):
+            if coco.lacks(image_id):
                 detail = f"{image_id=} is not among the images"
                 reason = "panoptic annotation of unknown image"
                 yield self._fault(reason, index, sound[index], detail=detail)
-        for image_id in images.by_id:
+        for image_id in coco.by_id:
             if image_id not in annotated:
                 detail = "no annotation has its id: it is neither trained nor tested on"
-                yield self._image_fault("image without annotation", images, image_id, detail)
+                yield self._image_fault("image without annotation", coco, image_id, detail)
         if others is None:
             return
         for image_id in [key for key in annotated if key not in others]:
             detail = f"{self.instances_json} does not list it"
-            yield self._image_fault("images differ", images, image_id, detail)
+            yield self._image_fault("images differ", coco, image_id, detail)
         for image_id, name in others.items():
-            listed = images.by_id.get(image_id, {}).get("file_name", name)
+            listed = coco.by_id.get(image_id, {}).get("file_name", name)
             if image_id not in annotated:
                 detail = f"{self.instances_json} lists {name}, no annotation of this json is of it"
-                yield self._image_fault("images differ", images, image_id, detail)
+                yield self._image_fault("images differ", coco, image_id, detail)
             elif name and os.path.basename(listed) != os.path.basename(name):
                 detail = f"{self.instances_json} has {name} under this id"
-                yield self._image_fault("images differ", images, image_id, detail)
+                yield self._image_fault("images differ", coco, image_id, detail)
 
-    def _check_present(
-        self, sound: Mapping[int, dict[str, Any]], session: Session
-    ) -> Iterator[Fault]:
+    def _check_present(self, sound: Sound, session: Session) -> Iterator[Fault]:
         names = [annotation["file_name"] for annotation in sound.values()]
         for what, root in (("panoptic PNG", self.png_root), ("stuff PNG", self.stuff_root)):
-            found = session.look_at(root, names, what) if root else [Decoded()] * len(names)
-            for index, facts in zip(sound, found, strict=True):
+            looks = session.look_at(root, names, what) if root else [Decoded()] * len(names)
+            for index, facts in zip(sound, looks, strict=True):
                 if facts.state:
                     reason = f"{what} {facts.state}"
                     yield self._fault(reason, index, sound[index], detail=facts.detail)
 
-    def _image_fault(self, reason: str, images: Images, image_id: object, detail: str) -> Fault:
-        return Fault(reason, self.json, (), images.file(image_id), image_id, None, detail)
+    def _look_at_labels(
+        self, sound: Sound, tasks: Mapping[int, Task], labels: dict[int, int] | None
+    ) -> Iterator[Fault]:
+        for index, task in islice(tasks.items(), _LOOKED_AT if self.stuff_root else 0):
+            parts = _check_stuff_png(self, task, labels, None)
+            told = [part for part in parts if part[0] == "stuff PNG label unknown"]
+            yield from self._faults(index, sound[index], told)
+
+    def _image_fault(self, reason: str, coco: Coco, image_id: object, detail: str) -> Fault:
+        return Fault(reason, self.json, (), coco.file(image_id), image_id, None, detail)
+
+    def _faults(self, index: int, annotation: object, parts: Iterable[Part]) -> Iterator[Fault]:
+        for reason, rest, segment_id, detail in parts:
+            yield self._fault(reason, index, annotation, rest, segment_id, detail)
 
     def _fault(
         self,
@@ -165,105 +178,59 @@ class PanopticTarget(NamedTuple):
         return Fault(reason, self.json, entry, file, values.get("image_id"), segment_id, detail)
 
 
-def _malformed(annotation: object) -> str:
-    if lacking := lacking_keys(annotation, "image_id", "file_name", "segments_info"):
-        return lacking
-    sound = {
-        "image_id": is_id(annotation["image_id"]),
-        "file_name": is_file_name(annotation["file_name"]),
-        "segments_info": isinstance(annotation["segments_info"], list),
-    }
-    return ", ".join(
-        f"{key}={annotation[key]!r}" for key, is_sound in sound.items() if not is_sound
-    )
+def _check_segments(
+    entries: Sequence[Any], known: frozenset, area: bool
+) -> tuple[list[Part], Segments]:
+    """Return what is wrong with the segments of an image, and the sound ones."""
+    segments: Segments = {}
+    needed = {**_SEGMENT, "area": _AREA} if area else _SEGMENT
+    sound, wrong = split(entries, needed, {"area": _AREA, "iscrowd": FLAG})
+    ids = {i: entries[i].get("id") if isinstance(entries[i], Mapping) else None for i in wrong}
+    parts = [("segment malformed", (), ids[i], problem) for i, problem in wrong.items()]
+    for position, segment in sound.items():
+        number, category = segment["id"], segment["category_id"]
+        if category not in known:
+            parts.append(("category unknown", (), number, f"category_id={category}"))
+        if number in segments:
+            rest = ("segments_info", position)
+            parts.append(("segment id twice", rest, number, "an earlier one has it"))
+        else:
+            segments[number] = (position, segment)
+    return parts, segments
 
 
 # One image, in a worker -------------------------------------------------------------------------
 
 
-def _check_task(
-    task: tuple[dict[str, Any], Sequence[Size], str],
-    target: PanopticTarget,
-    known: frozenset,
-    labels: dict[int, int] | None,
-) -> list[Part]:
-    annotation, sizes, look = task
-    return list(_check_annotation(annotation, sizes, look, target, known, labels))
+def _check_pngs(task: Task, target: PanopticTarget, labels: dict[int, int] | None) -> list[Part]:
+    return list(_parts(task, target, labels))  # a generator cannot come back from a worker
 
 
-def _check_annotation(
-    annotation: dict[str, Any],
-    sizes: Sequence[Size],
-    look: str,
-    target: PanopticTarget,
-    known: frozenset,
-    labels: dict[int, int] | None,
-) -> Iterator[Part]:
-    segments = yield from _check_segments(annotation["segments_info"], known, target.area)
-    expected, name = None, annotation["file_name"]
-    if look == "all":
-        path = os.path.join(target.png_root, name)
-        ids = yield from _check_panoptic_png(path, sizes, segments)
-        if ids is not None and labels is not None:
-            expected = _expected_labels(ids, segments, labels)
-    if look and target.stuff_root is not None:
-        stuff = _check_stuff_png(os.path.join(target.stuff_root, name), sizes, labels, expected)
-        yield from (part for part in stuff if look == "all" or part[0] == "stuff PNG label unknown")
+def _parts(task: Task, target: PanopticTarget, labels: dict[int, int] | None) -> Iterator[Part]:
+    ids = yield from _check_panoptic_png(os.path.join(target.png_root, task.name), task)
+    if target.stuff_root is not None:
+        has_labels = ids is not None and labels is not None
+        expected = _expected_labels(ids, task.segments, labels) if has_labels else None
+        yield from _check_stuff_png(target, task, labels, expected)
 
 
-def _check_segments(
-    entries: Sequence[Any], known: frozenset, area: bool
-) -> Generator[Part, None, dict[int, tuple[int, dict[str, Any]]]]:
-    """Yield what is wrong with the segments of an image; return the sound ones."""
-    segments: dict[int, tuple[int, dict[str, Any]]] = {}
-    for position, segment in enumerate(entries):
-        if problem := _malformed_segment(segment, area):
-            segment_id = segment.get("id") if isinstance(segment, Mapping) else None
-            yield "segment malformed", (), segment_id, problem
-            continue
-        if segment["category_id"] not in known:
-            yield "category unknown", (), segment["id"], f"category_id={segment['category_id']}"
-        if segment["id"] in segments:
-            rest = ("segments_info", position)
-            yield "segment id twice", rest, segment["id"], "an earlier one has it"
-        else:
-            segments[segment["id"]] = (position, segment)
-    return segments
-
-
-def _malformed_segment(segment: object, area: bool) -> str:
-    needed = ("id", "category_id", *(("area",) if area else ()))  # PQ takes the json's area
-    if lacking := lacking_keys(segment, *needed):
-        return lacking
-    stated = segment.get("area", 0)
-    sound = {
-        "id": type(segment["id"]) is int,
-        "category_id": is_id(segment["category_id"]),
-        "area": type(stated) in (int, float) and 0 <= stated < float("inf"),
-        "iscrowd": segment.get("iscrowd", 0) in (0, 1),
-    }
-    return ", ".join(f"{key}={segment.get(key)!r}" for key in sound if not sound[key])
-
-
-def _check_panoptic_png(
-    path: str, sizes: Sequence[Size], segments: Segments
-) -> Generator[Part, None, np.ndarray | None]:
+def _check_panoptic_png(path: str, task: Task) -> Generator[Part, None, np.ndarray | None]:
     """Yield what is wrong with a panoptic PNG; return its ids."""
     facts, pixels = read_pixels(path, "RGB")
-    yield from _file_parts("panoptic PNG", facts, sizes)
-    if pixels is None or facts.size not in sizes:
+    yield from _file_parts("panoptic PNG", facts, task.sizes)
+    if pixels is None or facts.size not in task.sizes:
         return None
     ids = rgb_to_id(pixels)
     extents = segment_extents(ids)
     extents.pop(0, None)  # void
-    for number, (position, segment) in segments.items():
+    for number, (position, segment) in task.segments.items():
         if number not in extents:
             rest = ("segments_info", position)
             detail = "0 is void" if number == 0 else "no pixel has its id"
             yield "segment in the json alone", rest, number, detail
         else:
             yield from _compare(segment, *extents[number])
-    strangers = [number for number in extents if number not in segments]
+    strangers = [number for number in extents if number not in task.segments]
     for number in strangers[:_LISTED]:
         yield "segment in the PNG alone", (), number, f"{extents[number][0]} pixels have its id"
     if len(strangers) > _LISTED:
@@ -297,29 +264,25 @@ def _expected_labels(ids: np.ndarray, segments: Segments, labels: dict[int, int]
 
 
 def _check_stuff_png(
-    path: str,
-    sizes: Sequence[Size],
+    target: PanopticTarget,
+    task: Task,
     labels: dict[int, int] | None,
     expected: np.ndarray | None,
 ) -> Iterator[Part]:
-    facts, values = read_pixels(path, "L")
-    yield from _file_parts("stuff PNG", facts, sizes)
+    facts, values = read_pixels(os.path.join(target.stuff_root, task.name), "L")
+    yield from _file_parts("stuff PNG", facts, task.sizes)
     if values is None or labels is None:
         return
-    present = np.flatnonzero(np.bincount(values.ravel(), minlength=VOID + 1)).tolist()
     count = max(labels.values()) + 1
-    if unknown := [label for label in present if count <= label != VOID]:
+    if unknown := [label for label in np.unique(values).tolist() if count <= label != VOID]:
         listed = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
         detail = f"{listed}; there are {count} stuff classes with 'things'"
         yield "stuff PNG label unknown", (), None, detail
     elif expected is not None and values.shape[:2] == expected.shape:
-        differs = (values.reshape(expected.shape) != expected) & (expected >= 0)
-        share = np.mean(differs)
+        share = np.mean((values.reshape(expected.shape) != expected) & (expected >= 0))
         if share > _OTHER_LABELS:
-            detail = (
-                f"{share:.0%} of its pixels have another label than the panoptic PNG's segments"
-            )
-            yield "stuff PNG of another image", (), None, detail
+            detail = f"{share:.0%} of its pixels have another label than the panoptic PNG's"
+            yield "stuff PNG of another image", (), None, f"{detail} segments"
 
 
 def _file_parts(what: str, facts: Decoded, sizes: Sequence[Size]) -> Iterator[Part]:

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from detectron2.data import DatasetCatalog
 
+from gn_practical.training.validation.coco import Session, describe_size
 from gn_practical.training.validation.findings import Fault
-from gn_practical.training.validation.images import Session, describe_size
 
 _FILES = {
     "file_name": "image",

@@ -1,14 +1,18 @@
-"""The result of a validation: on the screen, and in a file."""
+"""A validation of several data sets, and its result on the screen and in a file."""
 
 import csv
 import os
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gn_practical.training.atomic import refuse_overwriting, replace_file, write_json
+from gn_practical.training.data.errors import DatasetError, writing
+from gn_practical.training.data.pool import Pool
+from gn_practical.training.validation.coco import Session
 from gn_practical.training.validation.findings import (
     ERROR,
     REASONS,
@@ -16,6 +20,7 @@ from gn_practical.training.validation.findings import (
     WARNING,
     Fault,
 )
+from gn_practical.training.validation.targets import Target
 
 _COLUMNS = ("severity", "reason", "file", "image_id", "annotation_id", "detail", "json", "entry")
 
@@ -34,9 +39,15 @@ class Report:
     checked: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
 
-    def add(self, fault: Fault) -> None:
-        """Add a fault."""
-        self.faults.append(fault)
+    def check(self, targets: Sequence[Target], session: Session) -> None:
+        """Add what is wrong with data sets."""
+        self.unchecked = [target.json for target in targets]
+        for target in targets:
+            try:
+                self.faults.extend(target.check(session))
+            except DatasetError as error:
+                self.faults.append(Fault("json unusable", target.json, detail=str(error)))
+            self.checked.append(self.unchecked.pop(0))
 
     def distinct(self) -> list[Fault]:
         """Return the faults, those of a file once, though several jsons list it."""
@@ -93,22 +104,7 @@ class Report:
         """
         check_ending(path)
         rows = [_row(fault) for fault in self.distinct()]
-        try:
-            refuse_overwriting([path], [*self.checked, *self.unchecked])
-            if Path(path).suffix == ".json":
-                return write_json(path, self._content(rows), indent=1)
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            with replace_file(path) as temporary, open(temporary, "w", newline="") as file:
-                writer = csv.DictWriter(file, _COLUMNS)
-                writer.writeheader()
-                writer.writerows(rows)
-        except OSError as error:
-            raise ValueError(
-                f"output must be a file that can be written, got {error}. Choose another."
-            ) from error
-
-    def _content(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return {
+        content = {
             "complete": not self.unchecked,
             "checked": self.checked,
             "unchecked": self.unchecked,
@@ -116,6 +112,40 @@ class Report:
             "warnings": self.count(WARNING),
             "faults": rows,
         }
+        with writing(path):
+            refuse_overwriting([path], [*self.checked, *self.unchecked])
+            if Path(path).suffix == ".json":
+                write_json(path, content, indent=1)
+                return
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with replace_file(path) as temporary, open(temporary, "w", newline="") as file:
+                writer = csv.DictWriter(file, _COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows)
+
+
+def validate(
+    targets: Sequence[Target], workers: int | None = None, show_progress: bool = True
+) -> Report:
+    """Find everything that is wrong with data sets: all images, PNGs and annotations.
+
+    An image that several jsons list is decoded once. Ctrl-C ends it with the report so far.
+
+    Args:
+        targets: what to check, e.g. from `targets_of`.
+        workers: processes; all cores by default, 0 for this process alone.
+        show_progress: draw progress bars.
+
+    Raises:
+        RuntimeError: if a worker dies.
+
+    Example:
+        >>> validate([InstancesTarget("train.json", "train")])  # doctest: +SKIP
+    """
+    report = Report()
+    with suppress(KeyboardInterrupt), Pool(workers, show_progress) as pool:
+        report.check(targets, Session(pool))
+    return report  # `unchecked` says what an interruption left
 
 
 def check_ending(path: str | os.PathLike) -> None:

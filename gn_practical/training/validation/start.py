@@ -16,10 +16,10 @@ from gn_practical.training.data.coco_format import read_categories
 from gn_practical.training.data.errors import DatasetError
 from gn_practical.training.data.registration import DATASETS_ROOT, ensure_registered
 from gn_practical.training.ranks import raise_on_all_ranks
+from gn_practical.training.validation.coco import Session
 from gn_practical.training.validation.findings import STOPPING, Fault
 from gn_practical.training.validation.records import RecordsTarget
-from gn_practical.training.validation.report import describe
-from gn_practical.training.validation.run import validate
+from gn_practical.training.validation.report import Report, describe
 from gn_practical.training.validation.targets import targets_of
 
 _PATHS = {  # metadata keys, with what they are
@@ -189,7 +189,8 @@ def _first_difference(first: list[str], second: list[str]) -> str:
 def _validate(cfg: CfgNode, names: Sequence[str]) -> Iterator[str]:
     """Yield a line for each kind of fault that each json has; log those that do not stop a run."""
     targets = [t for t in targets_of(cfg, names=names) if not isinstance(t, RecordsTarget)]
-    report = validate(targets, workers=0, show_progress=False, decode=False)
+    report = Report()
+    report.check(targets, Session())
     groups: dict[tuple[str, str], list[Fault]] = defaultdict(list)
     for fault in report.distinct():
         groups[fault.json, fault.reason].append(fault)
@@ -199,8 +200,6 @@ def _validate(cfg: CfgNode, names: Sequence[str]) -> Iterator[str]:
             logging.getLogger(__name__).warning("%s tools/validate_dataset.py lists all.", first)
         else:
             yield f"{first} {_hint(reason, names)}"
-    if report.unchecked:
-        raise KeyboardInterrupt
 
 
 def _hint(reason: str, names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
 
 from gn_practical.training.data.registration import ensure_registered
-from gn_practical.training.validation.images import Names
+from gn_practical.training.validation.coco import Names
 from gn_practical.training.validation.instances import InstancesTarget
 from gn_practical.training.validation.panoptic import PanopticTarget
 from gn_practical.training.validation.records import RecordsTarget

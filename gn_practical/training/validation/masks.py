@@ -68,7 +68,8 @@ def _check_polygons(
     if not sound:
         return
     owners, found = _measure(sound, np.array(owners))
-    is_finite, beyond = np.isfinite(found).all(axis=1), pixels_beyond(found[:, :4], sizes[owners])
+    is_finite = np.isfinite(found[:, :4]).all(axis=1)
+    beyond = pixels_beyond(found[:, :4], sizes[owners])
     for index in owners[~is_finite]:
         values = [value for part in polygons[index] for value in part]
         yield index, "polygon not finite", short([v for v in values if not np.isfinite(v)])

@@ -104,7 +104,7 @@ def prepare_stuff(
     """
     output = Path(output)
     _, tasks, categories = _read_tasks(panoptic_json, panoptic_root)
-    targets = {output / task.name for task in tasks}
+    targets = [output / task.name for task in tasks]
     _make_folders(targets, output)
     with writing(output):
         refuse_overwriting(targets, [panoptic_json, *(task.panoptic_png for task in tasks)])
@@ -113,7 +113,7 @@ def prepare_stuff(
     with Pool(workers) as pool:
         written = sum(pool.map(convert, tasks, f"Writing {output.name}"))
     _logger.info("%s: %d PNGs, %d of them written now, all whole.", output, len(tasks), written)
-    if strangers := sorted(set(output.rglob("*.png")) - targets):
+    if strangers := sorted(set(output.rglob("*.png")) - set(targets)):
         _logger.warning(
             "%s has %d other PNGs, the first is %s: left by another json? Training takes those "
             "alone that the json lists.",
@@ -122,7 +122,7 @@ def prepare_stuff(
     return len(tasks)
 
 
-def _make_folders(targets: set[Path], output: Path) -> None:
+def _make_folders(targets: list[Path], output: Path) -> None:
     """Make the folders of the targets; raise unless all lie in the output."""
     for folder in {output, *(target.parent for target in targets)}:
         with writing(folder):

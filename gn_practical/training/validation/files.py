@@ -1,10 +1,8 @@
 """Whole decoding of image files, as Detectron2 reads them, with the reason where it fails."""
 
-import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import cv2
@@ -35,12 +33,7 @@ class Decoded(NamedTuple):
 
 
 def decode_file(path: str) -> Decoded:
-    """Decode an image file to its last pixel, and check what no decoder raises for.
-
-    Any format and mode that Detectron2 can convert to RGB is sound.
-
-    Args:
-        path: the file.
+    """Decode an image file; see `read_pixels`.
 
     Example:
         >>> decode_file("no.jpg").state
@@ -50,14 +43,10 @@ def decode_file(path: str) -> Decoded:
 
 
 def read_pixels(path: str, mode: str) -> tuple[Decoded, np.ndarray | None]:
-    """Decode an image file; see `decode_file`.
+    """Decode an image file to its last pixel, and check what no decoder raises for.
 
-    Args:
-        path: the file.
-        mode: a mode of Pillow.
-
-    Returns:
-        What it is, and its pixels as Detectron2's ``read_image`` gives them, None if it cannot.
+    Any format and mode that Detectron2 can convert to `mode` is sound. The pixels are those of its
+    ``read_image``, None if it has none.
     """
     try:
         path = PathManager.get_local_path(path)
@@ -105,23 +94,17 @@ def _jpeg_damage(path: str) -> tuple[str, str]:
 
     OpenCV lets libjpeg write to the standard error; decoding an eighth of the size reads all data.
     """
-    with _standard_error() as said:
-        cv2.imread(path, cv2.IMREAD_REDUCED_GRAYSCALE_8)
-        text = said()
-    damage = re.search(r"Corrupt JPEG data: (.*)|Premature end of JPEG.*", text)
-    if damage is None:
-        return "", ""
-    return "with stray bytes" if "extraneous" in damage[0] else "corrupt", damage[0]
-
-
-@contextlib.contextmanager
-def _standard_error() -> Iterator:
-    """Catch what C libraries write to the standard error."""
     with tempfile.TemporaryFile() as file:
         saved = os.dup(2)
         os.dup2(file.fileno(), 2)
         try:
-            yield lambda: (file.seek(0), file.read().decode(errors="replace"))[1]
+            cv2.imread(path, cv2.IMREAD_REDUCED_GRAYSCALE_8)
         finally:
             os.dup2(saved, 2)
             os.close(saved)
+        file.seek(0)
+        text = file.read().decode(errors="replace")
+    damage = re.search(r"Corrupt JPEG data: (.*)|Premature end of JPEG.*", text)
+    if damage is None:
+        return "", ""
+    return "with stray bytes" if "extraneous" in damage[0] else "corrupt", damage[0]

@@ -21,11 +21,10 @@ def targets_of(
     """Return what is to be validated of the data sets that a config trains and tests on.
 
     Args:
-        cfg: a config, its data sets registered, as ``load_cfg`` returns it. The embedded scenes are
-            drawn if it uses them.
+        cfg: a config, its data sets registered, as ``load_cfg`` returns it.
         files: False to leave images and PNGs out.
-        names: of data sets that are registered and drawn; by default all of ``DATASETS.TRAIN`` and
-            ``DATASETS.TEST``.
+        names: of data sets that are registered and drawn; by default those of ``DATASETS.TRAIN``
+            and ``DATASETS.TEST``, and the embedded scenes are drawn if they are among them.
 
     Raises:
         DatasetError: if a name is not registered.
@@ -54,9 +53,9 @@ def _targets(cfg: CfgNode, name: str, files: bool) -> Iterator[Target]:
     trains, tests = name in cfg.DATASETS.TRAIN, name in cfg.DATASETS.TEST
     if metadata.get("json_file"):
         yield InstancesTarget(
-            json=metadata.json_file,
-            image_root=image_root,
-            names=_names(metadata, "thing"),
+            metadata.json_file,
+            image_root,
+            _names(metadata, "thing"),
             masks=bool(cfg.MODEL.MASK_ON),
             area=tests,
             rle=not (trains and cfg.MODEL.MASK_ON) or cfg.INPUT.MASK_FORMAT == "bitmask",
@@ -64,10 +63,10 @@ def _targets(cfg: CfgNode, name: str, files: bool) -> Iterator[Target]:
         )
     if metadata.get("panoptic_json"):
         yield PanopticTarget(
-            json=metadata.panoptic_json,
-            png_root=metadata.panoptic_root,
-            image_root=image_root,
-            names=_names(metadata, "thing", "stuff"),
+            metadata.panoptic_json,
+            metadata.panoptic_root,
+            image_root,
+            _names(metadata, "thing", "stuff"),
             stuff_root=metadata.get("sem_seg_root"),
             files=files,
             instances_json=metadata.get("json_file"),

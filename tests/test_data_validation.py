@@ -25,7 +25,7 @@ from gn_practical.training.validation import (
     validate,
     write_clean,
 )
-from gn_practical.training.validation.annotations import Expected, check_instances
+from gn_practical.training.validation.annotations import check_instances
 from gn_practical.training.validation.files import decode_file
 from gn_practical.training.validation.masks import rle_counts
 from gn_practical.training.validation.panoptic import segment_extents
@@ -434,7 +434,7 @@ def test_size_is_that_after_exif_rotation(tmp_path, size):
 
 def reasons(change, size=(40, 30)):
     annotation = {"category_id": 1, "bbox": [1, 1, 5, 5], "area": 4, **change}
-    found = check_instances([annotation], np.array([[size, size]]), Expected(frozenset({1})))
+    found = check_instances([annotation], np.array([[size, size]]), categories={1})
     return [reason for _, reason, _ in found]
 
 

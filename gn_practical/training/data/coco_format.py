@@ -37,11 +37,6 @@ def read_json(path: str | os.PathLike, repeated_keys: list[str] | None = None) -
 
     Raises:
         DatasetError: if it is missing or no json object; names the file and the position.
-
-    Example:
-        >>> read_json("annotations.json")
-        Traceback (most recent call last):
-        gn_practical.training.data.errors.DatasetError: annotations.json must exist. Check the path.
     """
     text = _read_text(path)
     # The hook costs as much time again as reading does.
@@ -124,11 +119,6 @@ def malformed(
 ) -> str:
     """Say what makes an entry of a json unusable; nothing if it is sound.
 
-    Args:
-        entry: what should be an object.
-        needed: what the values of its keys must be.
-        optional: the same of keys that it need not have.
-
     Example:
         >>> malformed({"id": "3", "name": "car"}, CATEGORY)
         "id='3', which must be a whole number"
@@ -144,12 +134,7 @@ def malformed(
 
 
 def repeated(values: Mapping[int, Hashable]) -> Iterator[int]:
-    """Yield the key of every value that came before.
-
-    Example:
-        >>> list(repeated({0: "a", 1: "b", 5: "a", 6: "a"}))
-        [5, 6]
-    """
+    """Yield the key of every value that came before."""
     seen = set()
     for key, value in values.items():
         if value in seen:
@@ -163,15 +148,8 @@ def repeated(values: Mapping[int, Hashable]) -> Iterator[int]:
 def read_categories(path: str | os.PathLike) -> list[Category]:
     """Read the categories of a COCO json, sorted by id, without parsing the rest of the file.
 
-    Args:
-        path: an instances or a panoptic json.
-
     Raises:
         DatasetError: if there are none, or one lacks its id or name, or two share an id.
-
-    Example:
-        >>> read_categories("instances.json")  # doctest: +SKIP
-        [{'id': 1, 'name': 'person'}]
     """
     text, position = _read_text(path), -1
     while (position := text.find('"categories"', position + 1)) >= 0:
@@ -224,8 +202,7 @@ def panoptic_metadata(categories: list[Category], path: str | os.PathLike) -> di
         DatasetError: if a category lacks ``isthing``, there are no things or no stuff, or more
             than 254 stuff classes.
     """
-    without = [category["name"] for category in categories if category.get("isthing") not in (0, 1)]
-    if without:
+    if without := [c["name"] for c in categories if c.get("isthing") not in (0, 1)]:
         raise DatasetError(
             f"{path} must say for every category whether it is a thing (isthing 0 or 1), "
             f"missing for {len(without)}, the first is {without[0]!r}. "
@@ -240,24 +217,21 @@ def panoptic_metadata(categories: list[Category], path: str | os.PathLike) -> di
         )
     ids = [category["id"] for category in categories]
     of_things = 0 if 0 not in ids else min(ids) - 1  # 0 in Detectron2: taken here by a category
+    stuff_ids = [of_things, *(category["id"] for category in stuff)]
     return {
         **instances_metadata(things),
         "stuff_classes": ["things", *(category["name"] for category in stuff)],
         "stuff_colors": [(82, 18, 128), *_colours(stuff)],
-        "stuff_dataset_id_to_contiguous_id": {
-            of_things: 0,
-            **{category["id"]: index for index, category in enumerate(stuff, start=1)},
-        },
+        "stuff_dataset_id_to_contiguous_id": {key: index for index, key in enumerate(stuff_ids)},
     }
 
 
 def _colours(categories: list[Category]) -> list[tuple[int, int, int]]:
     """Take the categories' own RGB colours, or else distinct ones that depend on the id alone."""
     palette = colormap(rgb=True).astype(int).tolist()
-    own = [category.get("color") for category in categories]
     return [
-        tuple(colour if _is_rgb(colour) else palette[category["id"] % len(palette)])
-        for category, colour in zip(categories, own, strict=True)
+        tuple(c["color"] if _is_rgb(c.get("color")) else palette[c["id"] % len(palette)])
+        for c in categories
     ]
 
 

@@ -28,26 +28,14 @@ class Segment(NamedTuple):
 
 
 def draw_scene(rng: Generator, size: int) -> tuple[np.ndarray, list[Segment]]:
-    """Draw a scene.
+    """Draw a scene: the RGB image, uint8, and its segments, with disjoint masks.
 
     The class of a thing shows in its shape and, less surely, in its hue. Things that stay hidden
     for the most part are left out of the picture; what is left of a stuff region of fewer than 64
     pixels belongs to no segment (void).
 
-    Args:
-        rng: source of all randomness.
-        size: side of the square image, in pixels.
-
-    Returns:
-        The RGB image, uint8, and its segments, with disjoint masks.
-
     Shape:
         image ``(size, size, 3)``, each mask ``(size, size)`` bool.
-
-    Example:
-        >>> image, segments = draw_scene(np.random.default_rng(0), 128)
-        >>> image.shape
-        (128, 128, 3)
     """
     image, regions = _draw_stuff(rng, size)
     things = _place_things(rng, size)

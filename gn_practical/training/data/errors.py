@@ -8,18 +8,11 @@ _MARK = "DatasetError: "
 
 
 class DatasetError(ValueError):
-    r"""A data set that cannot be used: what is wrong with which file, and what to do.
+    """A data set that cannot be used: what is wrong with which file, and what to do.
 
-    ``str(error)`` is the message alone. PyTorch raises a worker's exception again in the main
-    process as ``type(error)(<text of the whole traceback>)``; of such a text only the message
-    itself, which follows the last ``DatasetError: ``, is kept.
-
-    Args:
-        message: what is wrong and what to do about it.
-
-    Example:
-        >>> str(DatasetError("Traceback ...\n...DatasetError: a.jpg is truncated.\n"))
-        'a.jpg is truncated.'
+    PyTorch raises a worker's exception again in the main process as ``type(error)(<text of the
+    whole traceback>)``; of such a text only the message itself, which follows the last
+    ``DatasetError: ``, is kept.
     """
 
     def __init__(self, message: str) -> None:

@@ -39,18 +39,10 @@ def prepare_coco(root: PathLike, workers: int | None = None, overwrite: bool = F
     """Make COCO 2017's stuff PNGs, where Detectron2's ``coco_2017_*_panoptic_separated`` look.
 
     Reads ``coco/annotations/panoptic_{train,val}2017.json`` and ``coco/panoptic_{train,val}2017``
-    under `root`, writes ``coco/panoptic_stuff_{train,val}2017``.
-
-    Args:
-        root: folder of Detectron2's data sets.
-        workers: processes; all cores by default.
-        overwrite: write all PNGs anew.
+    under `root`, writes ``coco/panoptic_stuff_{train,val}2017``; see `prepare_stuff`.
 
     Raises:
         DatasetError: if neither json is there, or as `prepare_stuff`.
-
-    Example:
-        >>> prepare_coco("datasets")  # doctest: +SKIP
     """
     coco = Path(root) / "coco"
     jsons = {s: coco / "annotations" / f"panoptic_{s}.json" for s in ("train2017", "val2017")}
@@ -80,9 +72,9 @@ def prepare_stuff(
 ) -> int:
     """Make a stuff PNG from each panoptic PNG, as Detectron2's ``prepare_panoptic_fpn.py`` does.
 
-    A pixel is 0 for all things, 1.. for stuff in the order of the category ids, 255 for void.
-    PNGs that are there and hold what would be written are kept, so that an interrupted run goes
-    on where it was; what was written is read again.
+    A pixel is 0 for all things, 1.. for stuff in the order of the category ids, 255 for void. PNGs
+    that are there and hold what would be written are kept, so that an interrupted run goes on where
+    it was; what was written is read again.
 
     Args:
         panoptic_json: COCO's panoptic annotations.
@@ -95,12 +87,8 @@ def prepare_stuff(
         The number of PNGs.
 
     Raises:
-        DatasetError: if the json or a PNG is missing or malformed, if ids of a PNG are not those
-            of its segments, or if an output would overwrite a source; names the file.
-
-    Example:
-        >>> prepare_stuff("panoptic.json", "panoptic", "panoptic_stuff")  # doctest: +SKIP
-        5000
+        DatasetError: if the json or a PNG is missing or malformed, if ids of a PNG are not those of
+            its segments, or if an output would overwrite a source; names the file.
     """
     output = Path(output)
     _, tasks, categories = _read_tasks(panoptic_json, panoptic_root)
@@ -145,21 +133,11 @@ def write_instances_json(
     The images are those of the panoptic json, ``iscrowd`` is kept, segments without a pixel are
     left out. The masks are RLE: train with ``INPUT.MASK_FORMAT "bitmask"``.
 
-    Args:
-        panoptic_json: COCO's panoptic annotations.
-        panoptic_root: folder of the panoptic PNGs.
-        output_json: file to write.
-        workers: processes; all cores by default.
-
     Returns:
         The number of instances.
 
     Raises:
         DatasetError: if the json or a PNG is missing or malformed; names the file.
-
-    Example:
-        >>> write_instances_json("panoptic.json", "panoptic", "instances.json")  # doctest: +SKIP
-        36781
     """
     images, tasks, categories = _read_tasks(panoptic_json, panoptic_root)
     things = [category for category in categories if category["isthing"]]

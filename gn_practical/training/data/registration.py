@@ -57,11 +57,6 @@ def register_scenes() -> None:
 
     Names: ``scenes_{train,val}`` for instances, ``scenes_{train,val}_panoptic_separated`` for a
     panoptic FPN and ``scenes_{train,val}_panoptic_stuffonly``, in the folder `SCENES_ROOT`.
-
-    Example:
-        >>> register_scenes()
-        >>> MetadataCatalog.get("scenes_val").thing_classes
-        ['disc', 'box', 'triangle', 'star', 'ring']
     """
     things = [category for category in CATEGORIES if category["isthing"]]
     for split in ("train", "val"):
@@ -79,27 +74,14 @@ def register_scenes() -> None:
 def register_datasets(cfg: CfgNode) -> None:
     """Register the user's own data of ``DATASETS.COCO_INSTANCES`` and ``DATASETS.COCO_PANOPTIC``.
 
-    Class names and contiguous ids come from each json's ``categories``, in the order of their
-    ids, so that train and val of the same data agree. A panoptic entry is registered as
-    ``<name>_separated`` and ``<name>_stuffonly``, as Detectron2 does. An entry may come again, in
-    a later call. Where a json is missing the name is registered all the same, without classes:
-    the check at a run's start reports it if the run uses it.
-
-    Args:
-        cfg: a config with the keys of `add_pgn_config`.
+    Class names and contiguous ids come from each json's ``categories``, in the order of their ids,
+    so that train and val of the same data agree. A panoptic entry is registered as
+    ``<name>_separated`` and ``<name>_stuffonly``, as Detectron2 does. An entry may come again, in a
+    later call. Where a json is missing the name is registered all the same, without classes: the
+    check at a run's start reports it if the run uses it.
 
     Raises:
         DatasetError: if an entry is malformed, its json is, or its name is taken.
-
-    Example:
-        >>> from detectron2.config import get_cfg
-        >>> from gn_practical.training import add_training_config
-        >>> cfg = get_cfg()
-        >>> add_training_config(cfg)
-        >>> cfg.DATASETS.COCO_INSTANCES = (("cells_train", "cells/images", "cells/train.json"),)
-        >>> register_datasets(cfg)
-        >>> "cells_train" in DatasetCatalog
-        True
     """
     for entry in _entries(cfg, "COCO_INSTANCES", CocoInstances):
         _register(entry, _metadata(entry.instances_json, instances_metadata))
@@ -111,16 +93,8 @@ def register_datasets(cfg: CfgNode) -> None:
 def ensure_registered(names: Iterable[str]) -> None:
     """Check that data sets are registered; make the embedded scenes if they are among them.
 
-    Args:
-        names: of the data sets.
-
     Raises:
         DatasetError: if one is not, with the names close to it.
-
-    Example:
-        >>> ensure_registered(["coco_2017_vall"])
-        Traceback (most recent call last):
-        gn_practical.training.data.errors.DatasetError: A data set must be registered, got ...
     """
     names = list(names)
     for name in names:

@@ -48,7 +48,6 @@ def ensure_scenes(
 
     The files are written to a folder beside `root` that takes its name when it is whole. In a
     distributed run every rank must call this; one rank of each machine draws, the others wait.
-    Takes about ten seconds.
 
     Args:
         root: folder of the data set.
@@ -57,9 +56,6 @@ def ensure_scenes(
 
     Raises:
         DatasetError: if `root` cannot be written; on all ranks.
-
-    Example:
-        >>> ensure_scenes("datasets/scenes")  # doctest: +SKIP
     """
     with raise_on_all_ranks(DatasetError):
         if comm.get_local_rank() == 0:

@@ -4,9 +4,9 @@ What is on the edge of the image is sound: COCO's own boxes end on it, and round
 fraction of a pixel beyond.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import isfinite
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -26,24 +26,13 @@ _BOX_TOLERANCE = 3.0  # pixels between box and mask; a tenth of the longer side 
 _AREA_TOLERANCE = 8.0  # pixels between area and mask besides a factor of two
 
 
-class Expected(NamedTuple):
-    """What the annotations of a data set have to be.
-
-    Attributes:
-        categories: the ids that are known.
-        num_keypoints: keypoints of an instance, by category id, where the json says so.
-        masks: whether every instance that is no crowd needs a mask.
-        area: whether every instance needs an area, as AP by size does.
-    """
-
-    categories: frozenset
-    num_keypoints: Mapping[Any, int] = {}
-    masks: bool = False
-    area: bool = False
-
-
 def check_instances(
-    annotations: Sequence[Mapping[str, Any]], sizes: np.ndarray, expected: Expected
+    annotations: Sequence[Mapping[str, Any]],
+    sizes: np.ndarray,
+    categories: Collection[Any],
+    num_keypoints: Mapping[Any, int] | None = None,
+    needs_mask: bool = False,
+    needs_area: bool = False,
 ) -> Findings:
     """Yield everything that is wrong with single instances.
 
@@ -51,33 +40,34 @@ def check_instances(
         annotations: entries with all keys that are needed.
         sizes: width and height of each one's image, as the json has it and as the file has it:
             where they differ it is a fault of the image, and what fits one of them is sound.
-        expected: what the data set asks for.
+        categories: the ids that are known.
+        num_keypoints: keypoints of an instance, by category id, where the json says so.
+        needs_mask: whether every instance that is no crowd needs a mask.
+        needs_area: whether every instance needs an area, as AP by size does.
 
     Shape:
         sizes ``(N, 2, 2)``.
 
     Example:
         >>> crowd = {"category_id": 1, "bbox": [5, 5, 9, 0], "area": 1}
-        >>> list(check_instances([crowd], np.full((1, 2, 2), 20), Expected(frozenset({1}))))
+        >>> list(check_instances([crowd], np.full((1, 2, 2), 20), {1}))
         [(0, 'box empty', 'width 9, height 0')]
     """
     for index, annotation in enumerate(annotations):
-        if annotation["category_id"] not in expected.categories:
+        if annotation["category_id"] not in categories:
             yield index, "category unknown", f"category_id={annotation['category_id']}"
     boxes = yield from _check_boxes(annotations, sizes)
-    areas = yield from _check_areas(annotations, expected)
-    extents = yield from check_masks(annotations, sizes, expected.masks)
+    areas = yield from _check_areas(annotations, needs_area)
+    extents = yield from check_masks(annotations, sizes, needs_mask)
     yield from _compare(annotations, boxes, areas, extents)
     for index, annotation in enumerate(annotations):
         if annotation.get("keypoints"):
-            yield from _check_keypoints(index, annotation, expected)
-
-
-# What is measured here is NaN where it cannot be compared with the rest.
+            wanted = (num_keypoints or {}).get(annotation["category_id"])
+            yield from _check_keypoints(index, annotation["keypoints"], wanted)
 
 
 def _check_boxes(annotations: Sequence[Mapping[str, Any]], sizes: np.ndarray) -> Measuring:
-    """Yield what is wrong; return the boxes."""
+    """Yield what is wrong; return the boxes, NaN for what cannot be compared with a mask."""
     boxes = boxes_of(annotations)
     for index in np.flatnonzero(~np.isfinite(boxes).all(axis=1)):
         text = f"bbox={short(annotations[index]['bbox'])}"
@@ -115,13 +105,13 @@ def _edges(boxes: np.ndarray) -> np.ndarray:
     return np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:].clip(0)])
 
 
-def _check_areas(annotations: Sequence[Mapping[str, Any]], expected: Expected) -> Measuring:
-    """Yield what is wrong; return the areas."""
+def _check_areas(annotations: Sequence[Mapping[str, Any]], needed: bool) -> Measuring:
+    """Yield what is wrong; return the areas, NaN for what cannot be compared with a mask."""
     areas = np.full(len(annotations), np.nan)
     for index, annotation in enumerate(annotations):
         area = annotation.get("area")
         if "area" not in annotation:
-            if expected.area:
+            if needed:
                 yield index, "area missing", "the evaluation needs it"
         elif isfinite(area) and area > 0:
             areas[index] = area
@@ -150,9 +140,8 @@ def _compare(
         yield index, "area and mask differ", detail
 
 
-def _check_keypoints(index: int, annotation: Mapping[str, Any], expected: Expected) -> Findings:
-    values = numbers(annotation["keypoints"])
-    wanted = expected.num_keypoints.get(annotation["category_id"])
+def _check_keypoints(index: int, keypoints: object, wanted: int | None) -> Findings:
+    values = numbers(keypoints)
     if values is None or not np.isfinite(values).all():
         yield index, "keypoints malformed", "not a list of finite numbers"
     elif len(values) % 3 or (wanted is not None and len(values) != 3 * wanted):

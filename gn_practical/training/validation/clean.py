@@ -11,13 +11,7 @@ from gn_practical.training.validation.findings import ERROR, Entry, Fault
 
 
 class Removed(NamedTuple):
-    """What a clean json lacks.
-
-    Attributes:
-        images: number of images.
-        annotations: number of annotations, those of the images with them.
-        kept: errors that no removal corrects, such as those of the categories.
-    """
+    """Numbers of images and annotations that a clean json lacks, and of errors that remain."""
 
     images: int
     annotations: int
@@ -32,7 +26,7 @@ def write_clean(source: str, faults: Sequence[Fault], output: str | os.PathLike)
 
     Args:
         source: the json.
-        faults: those of this json; others are left out of account.
+        faults: those of other jsons are left out of account.
         output: the json to write.
 
     Raises:

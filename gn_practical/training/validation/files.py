@@ -17,13 +17,10 @@ _ORIENTATION = 274  # the tag of EXIF
 
 
 class Decoded(NamedTuple):
-    """What a file turned out to be.
+    """What a file turned out to be: its size after and before EXIF rotation, and what is wrong.
 
-    Attributes:
-        size: width and height after EXIF rotation; None if it cannot be decoded.
-        stored_size: the same before EXIF rotation.
-        state: what is wrong with it, "missing", "truncated" and so on; empty if nothing is.
-        detail: of `state`, in words.
+    The sizes are None if it cannot be decoded; `state` is "missing", "truncated" and so on, empty
+    if nothing is wrong, and `detail` says it in words.
     """
 
     size: Size | None = None

@@ -11,8 +11,7 @@ _FILES = {
 }
 _STATES = ("unreadable", "of zero bytes", "of unknown format", "truncated", "corrupt")
 _MINOR_STATES = ("with stray bytes", "turned by EXIF")
-
-_OF_FILES = {
+OF_FILES = {  # found for every json that lists the file, told once
     f"{file} {state}": kind
     for file, way_out in _FILES.items()
     for state, kind in {
@@ -21,7 +20,6 @@ _OF_FILES = {
         **dict.fromkeys(_MINOR_STATES, WARNING),
     }.items()
 }
-REASONS_OF_FILES = _OF_FILES.keys()  # found for every json that lists the file, told once
 
 # Every kind of fault. A warning neither stops training nor changes a metric in the main: it leaves
 # the exit code alone and is not cleaned away. An error with a text ends a run before it begins, as
@@ -42,7 +40,7 @@ _KINDS = {
     "images differ": "Make both jsons list the same images.",
     "nothing to train on": "Are the annotations' image_id those of the images?",
     "crowds alone": ERROR,
-    **_OF_FILES,
+    **OF_FILES,
     "annotation malformed": _CORRECT,
     "annotation id twice": "Number the annotations anew.",
     "annotation id is 0": WARNING,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gn_practical.training.data.coco_format import ANYTHING, FLAG, ID, NUMBER, repeated
-from gn_practical.training.validation.annotations import Expected, boxes_of, check_instances
+from gn_practical.training.validation.annotations import boxes_of, check_instances
 from gn_practical.training.validation.coco import Coco, Names, Session, Sound, split
 from gn_practical.training.validation.findings import Fault
 from gn_practical.training.validation.masks import TOLERANCE
@@ -44,9 +44,6 @@ class InstancesTarget(NamedTuple):
     def check(self, session: Session) -> Iterator[Fault]:
         """Yield all faults.
 
-        Args:
-            session: what the targets of one validation share.
-
         Raises:
             DatasetError: if the json is missing or no json.
         """
@@ -63,11 +60,16 @@ class InstancesTarget(NamedTuple):
         sizes = np.array([coco.sizes[a["image_id"]] for a in annotations]).reshape(-1, 2, 2)
         for reason, detail in self._check_together(annotations, sizes):
             yield Fault(reason, self.json, detail=detail)
-        expected = self._expected(coco)
+        asked = (coco.category_ids, _num_keypoints(coco), self._needs_mask(coco), self.area)
         for start in range(0, len(known), _AT_ONCE):
             part = slice(start, start + _AT_ONCE)
-            for index, reason, detail in check_instances(annotations[part], sizes[part], expected):
+            for index, reason, detail in check_instances(annotations[part], sizes[part], *asked):
                 yield _fault(coco, reason, known[start + index], detail)
+
+    def _needs_mask(self, coco: Coco) -> bool:
+        if self.masks is not None:
+            return self.masks
+        return any(a.get("segmentation") for a in coco.annotations if isinstance(a, Mapping))
 
     def _check_together(
         self, annotations: Sequence[dict[str, Any]], sizes: np.ndarray
@@ -84,14 +86,10 @@ class InstancesTarget(NamedTuple):
         if annotations:
             yield from _check_form(boxes_of(annotations), sizes[:, 1] + TOLERANCE)
 
-    def _expected(self, coco: Coco) -> Expected:
-        lists = {category["id"]: category.get("keypoints") for category in coco.categories}
-        keypoints = {key: len(names) for key, names in lists.items() if isinstance(names, list)}
-        masks = self.masks
-        if masks is None:
-            values = (a.get("segmentation") for a in coco.annotations if isinstance(a, Mapping))
-            masks = any(values)
-        return Expected(coco.category_ids, keypoints, masks, self.area)
+
+def _num_keypoints(coco: Coco) -> dict[int, int]:
+    lists = {category["id"]: category.get("keypoints") for category in coco.categories}
+    return {key: len(names) for key, names in lists.items() if isinstance(names, list)}
 
 
 def _fault(coco: Coco, reason: str, index: int, detail: str) -> Fault:

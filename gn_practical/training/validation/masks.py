@@ -15,13 +15,7 @@ Measuring = Generator[Finding, None, np.ndarray]  # NaN for what cannot be compa
 def check_masks(
     annotations: Sequence[Mapping[str, Any]], sizes: np.ndarray, needed: bool
 ) -> Measuring:
-    """Yield what is wrong; return left, top, right, bottom and number of pixels of each mask.
-
-    Args:
-        annotations: of instances.
-        sizes: of their images; see `check_instances`.
-        needed: whether every instance that is no crowd needs one.
-    """
+    """Yield what is wrong; return left, top, right, bottom and number of pixels of each mask."""
     extents, polygons = np.full((len(annotations), 5), np.nan), {}
     for index, annotation in enumerate(annotations):
         mask, is_crowd = annotation.get("segmentation"), bool(annotation.get("iscrowd", 0))

@@ -293,15 +293,9 @@ def _file_parts(what: str, facts: Decoded, sizes: Sequence[Size]) -> Iterator[Pa
 
 
 def segment_extents(ids: np.ndarray) -> dict[int, tuple[int, Box]]:
-    """Measure every segment of a panoptic PNG: its pixels and its box.
+    """Measure every segment of a panoptic PNG, ``(H, W)``: its pixels and its box.
 
     Works on runs of equal pixels, which are few.
-
-    Args:
-        ids: the segment of each pixel.
-
-    Shape:
-        ids ``(H, W)``.
 
     Example:
         >>> segment_extents(np.array([[7, 7, 0], [0, 7, 0]]))

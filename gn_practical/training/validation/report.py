@@ -13,13 +13,7 @@ from gn_practical.training.atomic import refuse_overwriting, replace_file, write
 from gn_practical.training.data.errors import DatasetError, writing
 from gn_practical.training.data.pool import Pool
 from gn_practical.training.validation.coco import Session
-from gn_practical.training.validation.findings import (
-    ERROR,
-    REASONS,
-    REASONS_OF_FILES,
-    WARNING,
-    Fault,
-)
+from gn_practical.training.validation.findings import ERROR, OF_FILES, REASONS, WARNING, Fault
 from gn_practical.training.validation.targets import Target
 
 _COLUMNS = ("severity", "reason", "file", "image_id", "annotation_id", "detail", "json", "entry")
@@ -53,7 +47,7 @@ class Report:
         """Return the faults, those of a file once, though several jsons list it."""
         distinct = {}
         for fault in self.faults:
-            is_of_file = fault.reason in REASONS_OF_FILES
+            is_of_file = fault.reason in OF_FILES
             key = (fault.reason, fault.file, fault.detail) if is_of_file else repr(fault)
             distinct.setdefault(key, fault)
         return list(distinct.values())
@@ -68,11 +62,7 @@ class Report:
         return 130 if self.unchecked else int(self.count(ERROR) > 0)
 
     def table(self, first: int = 5) -> str:
-        """Write the faults by reason.
-
-        Args:
-            first: faults listed of each reason; the number of all is said.
-        """
+        """Write what was found where, the `first` few faults of each reason."""
         groups = defaultdict(list)
         for fault in self.distinct():
             groups[fault.reason].append(fault)
@@ -83,18 +73,12 @@ class Report:
             lines += [f"  {describe(fault)}" for fault in found[:first]]
             if len(found) > first:
                 lines.append(f"  ... and {len(found) - first} more")
-        return "\n".join([*lines, self.summary(), ""])
-
-    def summary(self) -> str:
-        """Say in a line or two what was found where."""
-        text = f"{self.count(ERROR)} errors, {self.count(WARNING)} warnings in "
-        text += f"{', '.join(self.checked) or 'nothing'}."
+        counts = f"{self.count(ERROR)} errors, {self.count(WARNING)} warnings"
+        lines.append(f"{counts} in {', '.join(self.checked) or 'nothing'}.")
         if self.unchecked:
-            text += (
-                f"\nINTERRUPTED: this report is partial, {', '.join(self.unchecked)} "
-                "not checked to the end."
-            )
-        return text
+            left = f"{', '.join(self.unchecked)} not checked to the end."
+            lines.append(f"INTERRUPTED: this report is partial, {left}")
+        return "\n".join([*lines, ""])
 
     def save(self, path: str | os.PathLike) -> None:
         """Save all faults as .json or .csv, by the ending of `path`.
@@ -138,9 +122,6 @@ def validate(
 
     Raises:
         RuntimeError: if a worker dies.
-
-    Example:
-        >>> validate([InstancesTarget("train.json", "train")])  # doctest: +SKIP
     """
     report = Report()
     with suppress(KeyboardInterrupt), Pool(workers, show_progress) as pool:
@@ -167,7 +148,5 @@ def describe(fault: Fault) -> str:
     kind = "segment" if "PNG" in fault.reason or "segment" in fault.reason else "annotation"
     ids = {"image": fault.image_id, kind: fault.annotation_id}
     which = ", ".join(f"{name} {value}" for name, value in ids.items() if value is not None)
-    where = fault.file or fault.json + (
-        f" [{'/'.join(map(str, fault.entry))}]" if fault.entry else ""
-    )
-    return f"{where}{f' ({which})' if which else ''}: {fault.detail}"
+    entry = f" [{'/'.join(map(str, fault.entry))}]" if fault.entry else ""
+    return f"{fault.file or fault.json + entry}{f' ({which})' if which else ''}: {fault.detail}"

@@ -37,8 +37,8 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
 
     Every name of ``DATASETS.TRAIN`` and ``DATASETS.TEST`` must be registered, its files must be
     there, its jsons must pass the validator's rules as far as they decide whether the run works
-    (`STOPPING`; what is found besides is logged), and its classes must be those of the model and
-    of the other sets. In a distributed run every rank must call this; one of each machine reads.
+    (`STOPPING`; what is found besides is logged), and its classes must be those of the model and of
+    the other sets. In a distributed run every rank must call this; one of each machine reads.
 
     Args:
         cfg: the complete config of the run.
@@ -46,9 +46,6 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
 
     Raises:
         DatasetError: on all ranks, with all that is wrong and what to do.
-
-    Example:
-        >>> check_datasets(cfg)  # doctest: +SKIP
     """
     train = () if eval_only else tuple(cfg.DATASETS.TRAIN)
     names = list(dict.fromkeys((*train, *cfg.DATASETS.TEST)))

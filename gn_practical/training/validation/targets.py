@@ -28,13 +28,6 @@ def targets_of(
 
     Raises:
         DatasetError: if a name is not registered.
-
-    Example:
-        >>> from detectron2.config import get_cfg
-        >>> cfg = get_cfg()
-        >>> cfg.DATASETS.TRAIN = ("coco_2017_val",)
-        >>> targets_of(cfg)[0].json
-        '.../coco/annotations/instances_val2017.json'
     """
     if names is None:
         names = list(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))

@@ -40,9 +40,7 @@ CATEGORIES = [
 
 
 def ensure_scenes(
-    root: str | os.PathLike,
-    num_images: dict[str, int] | None = None,
-    size: int = IMAGE_SIZE,
+    root: str | os.PathLike, num_images: dict[str, int] | None = None, size: int = IMAGE_SIZE
 ) -> None:
     """Make the scenes under `root`, unless they are there, whole and of this version.
 

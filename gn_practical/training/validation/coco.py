@@ -174,11 +174,10 @@ class Coco:
         looks, found = session.look_at(self.image_root, names, title), []
         for (index, entry), facts in zip(sound.items(), looks, strict=True):
             stated = (entry["width"], entry["height"])
-            if facts.state:
-                found.append((f"image {facts.state}", index, facts.detail))
-            if facts.size not in (None, stated):
-                self.sizes[entry["id"]][1] = facts.size
-                found.append(("image of another size", index, describe_size(facts, stated)))
+            found += [
+                (reason, index, detail) for reason, detail in facts.findings("image", [stated])
+            ]
+            self.sizes[entry["id"]][1] = facts.size or stated
         return found
 
     def _fault(self, reason: str, index: int, entry: object, detail: str) -> Fault:
@@ -210,11 +209,3 @@ def split(
     problems = {index: malformed(entry, needed, optional) for index, entry in enumerate(entries)}
     sound = {index: entries[index] for index, problem in problems.items() if not problem}
     return sound, {index: problem for index, problem in problems.items() if problem}
-
-
-def describe_size(facts: Decoded, stated: Size) -> str:
-    """Compare the size of a file with that in the json."""
-    text = f"the file has {facts.size[0]}x{facts.size[1]}, the json {stated[0]}x{stated[1]}"
-    if facts.stored_size == stated:
-        text += ", which is the size before the rotation that the file's EXIF orders"
-    return text

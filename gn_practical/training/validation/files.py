@@ -3,6 +3,7 @@
 import os
 import re
 import tempfile
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -27,6 +28,17 @@ class Decoded(NamedTuple):
     stored_size: Size | None = None
     state: str = ""
     detail: str = ""
+
+    def findings(self, what: str, sizes: Sequence[Size]) -> Iterator[tuple[str, str]]:
+        """Yield reason and detail of what is wrong; one of `sizes`, if there are, is expected."""
+        if self.state:
+            yield f"{what} {self.state}", self.detail
+        if sizes and self.size not in (None, *sizes):
+            stated = f"{sizes[0][0]}x{sizes[0][1]}"
+            text = f"the file has {self.size[0]}x{self.size[1]}, the json {stated}"
+            if self.stored_size == sizes[0]:
+                text += ", which is the size before the rotation that the file's EXIF orders"
+            yield f"{what} of another size", text
 
 
 def decode_file(path: str) -> Decoded:

@@ -1,9 +1,8 @@
 """Faults of a panoptic json, its PNGs, and the PNGs of stuff labels made from them."""
 
 import os
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +21,8 @@ from gn_practical.training.data.coco_format import (
     stuff_labels,
 )
 from gn_practical.training.data.errors import DatasetError
-from gn_practical.training.validation.coco import Coco, Names, Session, Sound, describe_size, split
-from gn_practical.training.validation.files import Decoded, Size, read_pixels
+from gn_practical.training.validation.coco import Coco, Names, Session, Sound, split
+from gn_practical.training.validation.files import Size, read_pixels
 from gn_practical.training.validation.findings import Fault
 
 TOLERANCE = 1  # pixels of a segment's area and of each side of its box
@@ -39,14 +38,15 @@ _AREA: Kind = (
 )
 
 Box = tuple[int, int, int, int]  # x, y, width, height
-Part = tuple[str, tuple[str | int, ...], Any, str]  # reason, rest of the entry, segment id, detail
+Labels = dict[int, int]  # in stuff PNGs, by category id
 Segments = dict[int, tuple[int, dict[str, Any]]]  # position and segment, by id
 
 
-class Task(NamedTuple):
-    """One annotation: its file name, the sizes of its image, its sound segments."""
+class Annotation(NamedTuple):
+    """One annotation with its index, the sizes of its image, and its sound segments."""
 
-    name: str
+    index: int
+    entry: dict[str, Any]
     sizes: Sequence[Size]
     segments: Segments
 
@@ -86,25 +86,23 @@ class PanopticTarget(NamedTuple):
             yield Fault("category malformed", self.json, detail=str(error))
         sound, wrong = split(coco.annotations, _ANNOTATION)
         for index, problem in wrong.items():
-            annotation = coco.annotations[index]
-            yield self._fault("annotation malformed", index, annotation, detail=problem)
+            yield self._fault("annotation malformed", index, coco.annotations[index], problem)
         yield from self._check_images(sound, coco, session.images.get(self.instances_json))
-        tasks, known = {}, coco.category_ids
-        for index, annotation in sound.items():
-            if annotation["image_id"] in coco.by_id:
-                parts, segments = _check_segments(annotation["segments_info"], known, self.area)
-                yield from self._faults(index, annotation, parts)
-                sizes = coco.sizes[annotation["image_id"]]
-                tasks[index] = Task(annotation["file_name"], sizes, segments)
+        known = []
+        for index, entry in sound.items():
+            if entry["image_id"] in coco.by_id:
+                segments = yield from self._check_segments(index, entry, coco.category_ids)
+                known.append(Annotation(index, entry, coco.sizes[entry["image_id"]], segments))
         if self.files and session.pool is None:
             yield from self._check_present(sound, session)
-            yield from self._look_at_labels(sound, tasks, labels)
+            for annotation in known[: _LOOKED_AT if self.stuff_root else 0]:
+                found = self._check_stuff_png(annotation, labels, None)
+                yield from (fault for fault in found if fault.reason == "stuff PNG label unknown")
         elif self.files:
             check = partial(_check_pngs, target=self, labels=labels)
             title = f"Panoptic PNGs of {os.path.basename(self.json)}"
-            results = session.pool.map(check, list(tasks.values()), title, 16)
-            for index, parts in zip(tasks, results, strict=True):
-                yield from self._faults(index, sound[index], parts)
+            for faults in session.pool.map(check, known, title, 16):
+                yield from faults
 
     def _check_images(
         self, sound: Sound, coco: Coco, others: dict[Any, str] | None
@@ -112,13 +110,13 @@ class PanopticTarget(NamedTuple):
         """Compare the images that are annotated with those listed, here and in the other json."""
         for index in repeated({index: a["image_id"] for index, a in sound.items()}):
             detail = "an earlier one is of the same image"
-            yield self._fault("panoptic annotation twice", index, sound[index], detail=detail)
+            yield self._fault("panoptic annotation twice", index, sound[index], detail)
         annotated = {annotation["image_id"]: index for index, annotation in sound.items()}
         for image_id, index in annotated.items():
             if coco.lacks(image_id):
                 detail = f"{image_id=} is not among the images"
                 reason = "panoptic annotation of unknown image"
-                yield self._fault(reason, index, sound[index], detail=detail)
+                yield self._fault(reason, index, sound[index], detail)
         for image_id in coco.by_id:
             if image_id not in annotated:
                 detail = "no annotation has its id: it is neither trained nor tested on"
@@ -140,156 +138,140 @@ class PanopticTarget(NamedTuple):
     def _check_present(self, sound: Sound, session: Session) -> Iterator[Fault]:
         names = [annotation["file_name"] for annotation in sound.values()]
         for what, root in (("panoptic PNG", self.png_root), ("stuff PNG", self.stuff_root)):
-            looks = session.look_at(root, names, what) if root else [Decoded()] * len(names)
-            for index, facts in zip(sound, looks, strict=True):
-                if facts.state:
-                    reason = f"{what} {facts.state}"
-                    yield self._fault(reason, index, sound[index], detail=facts.detail)
-
-    def _look_at_labels(
-        self, sound: Sound, tasks: Mapping[int, Task], labels: dict[int, int] | None
-    ) -> Iterator[Fault]:
-        for index, task in islice(tasks.items(), _LOOKED_AT if self.stuff_root else 0):
-            parts = _check_stuff_png(self, task, labels, None)
-            told = [part for part in parts if part[0] == "stuff PNG label unknown"]
-            yield from self._faults(index, sound[index], told)
+            looks = session.look_at(root, names, what) if root else []
+            for index, facts in zip(sound, looks, strict=bool(root)):
+                for reason, detail in facts.findings(what, []):
+                    yield self._fault(reason, index, sound[index], detail)
 
     def _image_fault(self, reason: str, coco: Coco, image_id: object, detail: str) -> Fault:
         return Fault(reason, self.json, (), coco.file(image_id), image_id, None, detail)
-
-    def _faults(self, index: int, annotation: object, parts: Iterable[Part]) -> Iterator[Fault]:
-        for reason, rest, segment_id, detail in parts:
-            yield self._fault(reason, index, annotation, rest, segment_id, detail)
 
     def _fault(
         self,
         reason: str,
         index: int,
-        annotation: object,
-        rest: tuple[str | int, ...] = (),
+        entry: object,
+        detail: str,
         segment_id: object = None,
-        detail: str = "",
+        rest: tuple[str | int, ...] = (),
     ) -> Fault:
-        values = annotation if isinstance(annotation, Mapping) else {}
+        values = entry if isinstance(entry, Mapping) else {}
         root = self.stuff_root if reason.startswith("stuff") else self.png_root
         name = values.get("file_name")
         file = os.path.join(root, name) if isinstance(name, str) else ""
-        entry = ("annotations", index, *rest)
-        return Fault(reason, self.json, entry, file, values.get("image_id"), segment_id, detail)
+        place = ("annotations", index, *rest)
+        return Fault(reason, self.json, place, file, values.get("image_id"), segment_id, detail)
+
+    def _check_segments(
+        self, index: int, entry: dict[str, Any], categories: frozenset
+    ) -> Generator[Fault, None, Segments]:
+        """Yield what is wrong with the segments of an image; return the sound ones."""
+        segments: Segments = {}
+        entries = entry["segments_info"]
+        needed = {**_SEGMENT, "area": _AREA} if self.area else _SEGMENT
+        sound, wrong = split(entries, needed, {"area": _AREA, "iscrowd": FLAG})
+        for position, problem in wrong.items():
+            segment = entries[position]
+            segment_id = segment.get("id") if isinstance(segment, Mapping) else None
+            yield self._fault("segment malformed", index, entry, problem, segment_id)
+        for position, segment in sound.items():
+            number, category = segment["id"], segment["category_id"]
+            if category not in categories:
+                detail = f"category_id={category}"
+                yield self._fault("category unknown", index, entry, detail, number)
+            if number in segments:
+                place = ("an earlier one has it", number, ("segments_info", position))
+                yield self._fault("segment id twice", index, entry, *place)
+            else:
+                segments[number] = (position, segment)
+        return segments
+
+    # One image, in a worker
+
+    def check_pngs(self, annotation: Annotation, labels: Labels | None) -> Iterator[Fault]:
+        """Yield what is wrong with the PNGs of an image."""
+        ids = yield from self._check_panoptic_png(annotation)
+        if self.stuff_root is not None:
+            has_labels = ids is not None and labels is not None
+            expected = _expected_labels(ids, annotation.segments, labels) if has_labels else None
+            yield from self._check_stuff_png(annotation, labels, expected)
+
+    def _check_panoptic_png(
+        self, annotation: Annotation
+    ) -> Generator[Fault, None, np.ndarray | None]:
+        """Yield what is wrong with a panoptic PNG; return its ids."""
+        index, entry, sizes, segments = annotation
+        facts, pixels = read_pixels(os.path.join(self.png_root, entry["file_name"]), "RGB")
+        for reason, detail in facts.findings("panoptic PNG", sizes):
+            yield self._fault(reason, index, entry, detail)
+        if pixels is None or facts.size not in sizes:
+            return None
+        ids = rgb_to_id(pixels)
+        extents = segment_extents(ids)
+        extents.pop(0, None)  # void
+        for number, (position, segment) in segments.items():
+            if number not in extents:
+                detail = "0 is void" if number == 0 else "no pixel has its id"
+                place = (detail, number, ("segments_info", position))
+                yield self._fault("segment in the json alone", index, entry, *place)
+                continue
+            for reason, detail in _compare(segment, *extents[number]):
+                yield self._fault(reason, index, entry, detail, number)
+        strangers = [number for number in extents if number not in segments]
+        for number in strangers[:_LISTED]:
+            detail = f"{extents[number][0]} pixels have its id"
+            yield self._fault("segment in the PNG alone", index, entry, detail, number)
+        if len(strangers) > _LISTED:
+            detail = f"and {len(strangers) - _LISTED} more ids; was the PNG resized or made a JPEG?"
+            yield self._fault("segment in the PNG alone", index, entry, detail)
+        return ids
+
+    def _check_stuff_png(
+        self, annotation: Annotation, labels: Labels | None, expected: np.ndarray | None
+    ) -> Iterator[Fault]:
+        index, entry, sizes, _ = annotation
+        facts, values = read_pixels(os.path.join(self.stuff_root, entry["file_name"]), "L")
+        for reason, detail in facts.findings("stuff PNG", sizes):
+            yield self._fault(reason, index, entry, detail)
+        if values is None or labels is None:
+            return
+        count = max(labels.values()) + 1
+        if unknown := [label for label in np.unique(values).tolist() if count <= label != VOID]:
+            listed = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+            detail = f"{listed}; there are {count} stuff classes with 'things'"
+            yield self._fault("stuff PNG label unknown", index, entry, detail)
+        elif expected is not None and values.shape[:2] == expected.shape:
+            share = np.mean((values.reshape(expected.shape) != expected) & (expected >= 0))
+            if share > _OTHER_LABELS:
+                detail = f"{share:.0%} of its pixels have another label than the panoptic PNG's"
+                yield self._fault("stuff PNG of another image", index, entry, f"{detail} segments")
 
 
-def _check_segments(
-    entries: Sequence[Any], known: frozenset, area: bool
-) -> tuple[list[Part], Segments]:
-    """Return what is wrong with the segments of an image, and the sound ones."""
-    segments: Segments = {}
-    needed = {**_SEGMENT, "area": _AREA} if area else _SEGMENT
-    sound, wrong = split(entries, needed, {"area": _AREA, "iscrowd": FLAG})
-    ids = {i: entries[i].get("id") if isinstance(entries[i], Mapping) else None for i in wrong}
-    parts = [("segment malformed", (), ids[i], problem) for i, problem in wrong.items()]
-    for position, segment in sound.items():
-        number, category = segment["id"], segment["category_id"]
-        if category not in known:
-            parts.append(("category unknown", (), number, f"category_id={category}"))
-        if number in segments:
-            rest = ("segments_info", position)
-            parts.append(("segment id twice", rest, number, "an earlier one has it"))
-        else:
-            segments[number] = (position, segment)
-    return parts, segments
+def _check_pngs(
+    annotation: Annotation, target: PanopticTarget, labels: Labels | None
+) -> list[Fault]:
+    return list(target.check_pngs(annotation, labels))  # a worker can send no generator
 
 
-# One image, in a worker -------------------------------------------------------------------------
-
-
-def _check_pngs(task: Task, target: PanopticTarget, labels: dict[int, int] | None) -> list[Part]:
-    return list(_parts(task, target, labels))  # a generator cannot come back from a worker
-
-
-def _parts(task: Task, target: PanopticTarget, labels: dict[int, int] | None) -> Iterator[Part]:
-    ids = yield from _check_panoptic_png(os.path.join(target.png_root, task.name), task)
-    if target.stuff_root is not None:
-        has_labels = ids is not None and labels is not None
-        expected = _expected_labels(ids, task.segments, labels) if has_labels else None
-        yield from _check_stuff_png(target, task, labels, expected)
-
-
-def _check_panoptic_png(path: str, task: Task) -> Generator[Part, None, np.ndarray | None]:
-    """Yield what is wrong with a panoptic PNG; return its ids."""
-    facts, pixels = read_pixels(path, "RGB")
-    yield from _file_parts("panoptic PNG", facts, task.sizes)
-    if pixels is None or facts.size not in task.sizes:
-        return None
-    ids = rgb_to_id(pixels)
-    extents = segment_extents(ids)
-    extents.pop(0, None)  # void
-    for number, (position, segment) in task.segments.items():
-        if number not in extents:
-            rest = ("segments_info", position)
-            detail = "0 is void" if number == 0 else "no pixel has its id"
-            yield "segment in the json alone", rest, number, detail
-        else:
-            yield from _compare(segment, *extents[number])
-    strangers = [number for number in extents if number not in task.segments]
-    for number in strangers[:_LISTED]:
-        yield "segment in the PNG alone", (), number, f"{extents[number][0]} pixels have its id"
-    if len(strangers) > _LISTED:
-        detail = f"and {len(strangers) - _LISTED} more ids; was the PNG resized or made a JPEG?"
-        yield "segment in the PNG alone", (), None, detail
-    return ids
-
-
-def _compare(segment: Mapping[str, Any], area: int, box: Box) -> Iterator[Part]:
+def _compare(segment: Mapping[str, Any], area: int, box: Box) -> Iterator[tuple[str, str]]:
     if "area" in segment and abs(segment["area"] - area) > TOLERANCE:
-        detail = f"{segment['area']} in the json, {area} pixels in the PNG"
-        yield "segment area differs", (), segment["id"], detail
-    if "bbox" not in segment:
-        return
-    stated = segment["bbox"]
-    try:
-        agrees = np.shape(stated) == (4,) and np.allclose(stated, box, rtol=0, atol=TOLERANCE)
-    except (TypeError, ValueError):
-        agrees = False
-    if not agrees:
-        detail = f"{stated} in the json, {list(box)} in the PNG"
-        yield "segment box differs", (), segment["id"], detail
+        yield "segment area differs", f"{segment['area']} in the json, {area} pixels in the PNG"
+    if "bbox" in segment:
+        stated = segment["bbox"]
+        try:
+            agrees = np.shape(stated) == (4,) and np.allclose(stated, box, rtol=0, atol=TOLERANCE)
+        except (TypeError, ValueError):
+            agrees = False
+        if not agrees:
+            yield "segment box differs", f"{stated} in the json, {list(box)} in the PNG"
 
 
-def _expected_labels(ids: np.ndarray, segments: Segments, labels: dict[int, int]) -> np.ndarray:
+def _expected_labels(ids: np.ndarray, segments: Segments, labels: Labels) -> np.ndarray:
     """Return the stuff labels that a panoptic PNG leads to, -1 where its own faults hide them."""
     expected = np.where(ids == 0, VOID, -1)
     for number, (_, segment) in segments.items():
         expected[ids == number] = labels.get(segment["category_id"], -1)
     return expected
-
-
-def _check_stuff_png(
-    target: PanopticTarget,
-    task: Task,
-    labels: dict[int, int] | None,
-    expected: np.ndarray | None,
-) -> Iterator[Part]:
-    facts, values = read_pixels(os.path.join(target.stuff_root, task.name), "L")
-    yield from _file_parts("stuff PNG", facts, task.sizes)
-    if values is None or labels is None:
-        return
-    count = max(labels.values()) + 1
-    if unknown := [label for label in np.unique(values).tolist() if count <= label != VOID]:
-        listed = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
-        detail = f"{listed}; there are {count} stuff classes with 'things'"
-        yield "stuff PNG label unknown", (), None, detail
-    elif expected is not None and values.shape[:2] == expected.shape:
-        share = np.mean((values.reshape(expected.shape) != expected) & (expected >= 0))
-        if share > _OTHER_LABELS:
-            detail = f"{share:.0%} of its pixels have another label than the panoptic PNG's"
-            yield "stuff PNG of another image", (), None, f"{detail} segments"
-
-
-def _file_parts(what: str, facts: Decoded, sizes: Sequence[Size]) -> Iterator[Part]:
-    if facts.state:
-        yield f"{what} {facts.state}", (), None, facts.detail
-    if facts.size is not None and facts.size not in sizes:
-        yield f"{what} of another size", (), None, describe_size(facts, sizes[0])
 
 
 def segment_extents(ids: np.ndarray) -> dict[int, tuple[int, Box]]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from detectron2.data import DatasetCatalog
 
-from gn_practical.training.validation.coco import Session, describe_size
+from gn_practical.training.validation.coco import Session
 from gn_practical.training.validation.findings import Fault
 
 _FILES = {
@@ -42,8 +42,5 @@ class RecordsTarget(NamedTuple):
         for (index, record, key), facts in zip(tasks, found, strict=True):
             stated = (record.get("width"), record.get("height"))
             place = (self.json, (index,), record[key], record.get("image_id"), None)
-            if facts.state:
-                yield Fault(f"{_FILES[key]} {facts.state}", *place, facts.detail)
-            if facts.size not in (None, stated) and None not in stated:
-                detail = describe_size(facts, stated)
-                yield Fault(f"{_FILES[key]} of another size", *place, detail)
+            for reason, detail in facts.findings(_FILES[key], [] if None in stated else [stated]):
+                yield Fault(reason, *place, detail)

@@ -50,9 +50,6 @@ def draw_scene(rng: Generator, size: int) -> tuple[np.ndarray, list[Segment]]:
     return image.clip(0, 255).astype(np.uint8), stuff + [thing for thing, _ in things]
 
 
-# Stuff ------------------------------------------------------------------------------------------
-
-
 def _draw_stuff(rng: Generator, size: int) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
     """Stack two or three regions with wavy boundaries, the sky above the others."""
     ground = 1 + rng.permutation(len(STUFF_CLASSES) - 1)
@@ -114,9 +111,6 @@ def _sand(rng: Generator, size: int) -> np.ndarray:
 
 
 _STUFF_TEXTURES = (_sky, _grass, _water, _sand)
-
-
-# Things -----------------------------------------------------------------------------------------
 
 
 def _place_things(rng: Generator, size: int) -> list[tuple[Segment, np.ndarray]]:

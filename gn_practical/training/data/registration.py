@@ -97,25 +97,19 @@ def ensure_registered(names: Iterable[str]) -> None:
         DatasetError: if one is not, with the names close to it.
     """
     names = list(names)
+    known = DatasetCatalog.list()
     for name in names:
-        _check_registered(name)
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            close = [f"{name}_separated"] if f"{name}_separated" in known else close
+            hint = f"Names close to it: {', '.join(close)}. " if close else ""
+            raise DatasetError(
+                f"A data set must be registered, got {name!r}. {hint}Your own data is registered "
+                "with DATASETS.COCO_INSTANCES or DATASETS.COCO_PANOPTIC."
+            )
     scenes = os.path.join(SCENES_ROOT, "images")
     if any(os.path.dirname(MetadataCatalog.get(n).get("image_root", "")) == scenes for n in names):
         ensure_scenes(SCENES_ROOT)
-
-
-def _check_registered(name: str) -> None:
-    if name in DatasetCatalog:
-        return
-    known = DatasetCatalog.list()
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if f"{name}_separated" in known:
-        close = [f"{name}_separated"]
-    raise DatasetError(
-        f"A data set must be registered, got {name!r}. "
-        + (f"Names close to it: {', '.join(close)}. " if close else "")
-        + "Your own data is registered with DATASETS.COCO_INSTANCES or DATASETS.COCO_PANOPTIC."
-    )
 
 
 def _metadata(path: str, make: Callable[[list], dict[str, Any]]) -> dict[str, Any]:

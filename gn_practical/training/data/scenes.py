@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,8 @@ def _ensure_scenes(root: Path, num_images: dict[str, int], size: int) -> None:
             *(count, count * _BYTES_PER_PIXEL * size**2 / 1e6, root.absolute()),
         )
         _write_scenes(unfinished, num_images, size)
-        files = {str(p.relative_to(unfinished)): p.stat().st_size for p in _files(unfinished)}
+        paths = [path for path in sorted(unfinished.rglob("*")) if path.is_file()]
+        files = {str(path.relative_to(unfinished)): path.stat().st_size for path in paths}
         (unfinished / "version.json").write_text(json.dumps({**wanted, "files": files}))
         _replace(root, unfinished)
 
@@ -113,10 +113,6 @@ def _is_whole(root: Path, wanted: dict[str, Any]) -> bool:
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return False
     return sizes_agree and found == wanted
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
 def _write_scenes(root: Path, num_images: dict[str, int], size: int) -> None:

@@ -30,17 +30,11 @@ _IMAGE = {"id": ID, "file_name": FILE_NAME, "width": SIDE, "height": SIDE}
 
 @dataclass
 class Session:
-    """What the targets of one validation share.
+    """What the targets of one validation share."""
 
-    Attributes:
-        pool: the workers that decode files; None to ask of files only whether they are there.
-        decoded: what is known of image files, by path.
-        images: file name by image id, by the json that lists them.
-    """
-
-    pool: Pool | None = None
-    decoded: dict[str, Decoded] = field(default_factory=dict)
-    images: dict[str, dict[Any, str]] = field(default_factory=dict)
+    pool: Pool | None = None  # decodes files; None to ask only whether they are there
+    decoded: dict[str, Decoded] = field(default_factory=dict)  # files, by path
+    images: dict[str, dict[Any, str]] = field(default_factory=dict)  # file by id, by json
 
     def look_at(self, root: str, names: Collection[str], title: str) -> Iterator[Decoded]:
         """Yield what each file is, in order; every path is decoded once."""
@@ -70,29 +64,16 @@ def missing_files(root: str, names: Iterable[str]) -> set[str]:
 
 @dataclass
 class Coco:
-    """A json that is checked, and what of it is sound.
-
-    Args:
-        path: the json.
-        image_root: folder of the images; None to take the json's word for everything.
-        names: id and name of the categories of the data set, where they are known besides.
-
-    Attributes:
-        annotations: as they are in the json.
-        categories: the sound ones, sorted by id.
-        by_id: the sound images by id; of several with one id the first.
-        malformed_ids: of the images that are not; their annotations go with them.
-        sizes: width and height of each image, by id, as the json and as the file has them.
-    """
+    """A json that is checked, and what of it is sound."""
 
     path: str
-    image_root: str | None
-    names: Names | None
-    annotations: list[Any] = field(default_factory=list)
-    categories: list[dict[str, Any]] = field(default_factory=list)
-    by_id: dict[Any, dict[str, Any]] = field(default_factory=dict)
-    malformed_ids: set = field(default_factory=set)
-    sizes: dict[Any, list[Size]] = field(default_factory=dict)
+    image_root: str | None  # None to take the json's word for the images
+    names: Names | None  # of the data set's categories, where they are known besides
+    annotations: list[Any] = field(default_factory=list)  # as they are in the json
+    categories: list[dict[str, Any]] = field(default_factory=list)  # sorted by id
+    by_id: dict[Any, dict[str, Any]] = field(default_factory=dict)  # the first image of each id
+    malformed_ids: set = field(default_factory=set)  # of images; their annotations go with them
+    sizes: dict[Any, list[Size]] = field(default_factory=dict)  # the json's and the file's, by id
 
     def check(self, session: Session) -> Generator[Fault, None, bool]:
         """Yield the faults of keys, categories and images; return whether the rest can be checked.

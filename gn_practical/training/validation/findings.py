@@ -88,25 +88,15 @@ Entry = tuple[str | int, ...]  # where in a json: ("annotations", 3, "segments_i
 
 
 class Fault(NamedTuple):
-    """One thing that is wrong with a data set.
+    """One thing that is wrong with a data set."""
 
-    Attributes:
-        reason: its kind, one of `REASONS`.
-        json: the json that is wrong or that lists the file; a data set's name if it has none.
-        entry: the keys and indices that lead to the part at fault of the json.
-        file: the image or PNG at fault or annotated; empty if none is.
-        image_id: None if it has none.
-        annotation_id: of an instance or of a panoptic segment; None if it has none.
-        detail: what was found.
-    """
-
-    reason: str
-    json: str
-    entry: Entry = ()
-    file: str = ""
+    reason: str  # its kind, one of `REASONS`
+    json: str  # that is wrong or lists the file; a data set's name if it has none
+    entry: Entry = ()  # the keys and indices that lead to the part at fault of the json
+    file: str = ""  # the image or PNG at fault or annotated
     image_id: Any = None
-    annotation_id: Any = None
-    detail: str = ""
+    annotation_id: Any = None  # of an instance or of a panoptic segment
+    detail: str = ""  # what was found
 
     @property
     def severity(self) -> str:

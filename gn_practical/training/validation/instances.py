@@ -21,25 +21,15 @@ _OPTIONAL = {
 
 
 class InstancesTarget(NamedTuple):
-    """A json of instances with its images.
-
-    Attributes:
-        json: path of the json.
-        image_root: folder of the images; None to check the json alone.
-        names: id and name of the categories; by default those of the json.
-        masks: whether every instance needs a mask; None if it does where others have one.
-        area: whether every instance needs its area.
-        rle: whether masks that are trained on may be RLE.
-        trains: whether an instance is needed to train on.
-    """
+    """A json of instances with its images."""
 
     json: str
-    image_root: str | None = None
-    names: Names | None = None
-    masks: bool | None = None
-    area: bool = False
-    rle: bool = True
-    trains: bool = False
+    image_root: str | None = None  # None to check the json alone
+    names: Names | None = None  # id and name of the categories; by default those of the json
+    masks: bool | None = None  # whether every instance needs a mask; None: where others have one
+    area: bool = False  # whether every instance needs its area
+    rle: bool = True  # whether masks that are trained on may be RLE
+    trains: bool = False  # whether an instance is needed to train on
 
     def check(self, session: Session) -> Iterator[Fault]:
         """Yield all faults.

@@ -105,9 +105,6 @@ def describe_beyond(what: str, pixels: float, sizes: np.ndarray) -> str:
     return f"{what} reaches {pixels:g} pixels beyond {sizes[0, 0]}x{sizes[0, 1]}"
 
 
-# RLE --------------------------------------------------------------------------------------------
-
-
 def _check_rle(
     index: int, rle: Mapping[str, Any], known: Sequence[list[int]], is_crowd: bool
 ) -> Generator[Finding, None, np.ndarray | None]:
@@ -181,9 +178,6 @@ def _decode(text: str) -> np.ndarray | None:
     for parity in (1, 2):
         values[parity::2] = np.cumsum(values[parity::2])
     return values
-
-
-# Values of a json -------------------------------------------------------------------------------
 
 
 def numbers(value: object) -> np.ndarray | None:

@@ -52,27 +52,16 @@ class Annotation(NamedTuple):
 
 
 class PanopticTarget(NamedTuple):
-    """A panoptic json with its PNGs and, if given, images and PNGs of stuff labels.
-
-    Attributes:
-        json: path of the json.
-        png_root: folder of the panoptic PNGs.
-        image_root: folder of the images; None to leave them out.
-        names: id and name of the categories; by default those of the json.
-        stuff_root: folder of the PNGs of stuff labels; None to leave them out.
-        files: False to check the json alone.
-        instances_json: of the same images; compared if it was checked before.
-        area: whether every segment needs its area, as PQ does.
-    """
+    """A panoptic json with its PNGs and, if given, images and PNGs of stuff labels."""
 
     json: str
     png_root: str
-    image_root: str | None = None
-    names: Names | None = None
-    stuff_root: str | None = None
-    files: bool = True
-    instances_json: str | None = None
-    area: bool = True
+    image_root: str | None = None  # None to leave the images out
+    names: Names | None = None  # id and name of the categories; by default those of the json
+    stuff_root: str | None = None  # None to leave the PNGs of stuff labels out
+    files: bool = True  # False to check the json alone
+    instances_json: str | None = None  # of the same images; compared if it was checked before
+    area: bool = True  # whether every segment needs its area, as PQ does
 
     def check(self, session: Session) -> Iterator[Fault]:
         """Yield all faults; see `InstancesTarget.check`."""
@@ -185,8 +174,6 @@ class PanopticTarget(NamedTuple):
             else:
                 segments[number] = (position, segment)
         return segments
-
-    # One image, in a worker
 
     def check_pngs(self, annotation: Annotation, labels: Labels | None) -> Iterator[Fault]:
         """Yield what is wrong with the PNGs of an image."""

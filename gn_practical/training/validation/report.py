@@ -21,17 +21,11 @@ _COLUMNS = ("severity", "reason", "file", "image_id", "annotation_id", "detail",
 
 @dataclass
 class Report:
-    """What was found in which jsons.
-
-    Attributes:
-        faults: in the order in which they were found.
-        checked: the jsons (or names of data sets) that were checked to their end.
-        unchecked: those that were not, after an interruption.
-    """
+    """What was found in which jsons (or data sets of other formats)."""
 
     faults: list[Fault] = field(default_factory=list)
-    checked: list[str] = field(default_factory=list)
-    unchecked: list[str] = field(default_factory=list)
+    checked: list[str] = field(default_factory=list)  # to the end
+    unchecked: list[str] = field(default_factory=list)  # after an interruption
 
     def check(self, targets: Sequence[Target], session: Session) -> None:
         """Add what is wrong with data sets."""

@@ -19,9 +19,8 @@ from gn_practical.training.data.registration import DATASETS_ROOT, ensure_regist
 from gn_practical.training.ranks import raise_on_all_ranks
 from gn_practical.training.validation.coco import Session
 from gn_practical.training.validation.findings import STOPPING
-from gn_practical.training.validation.records import RecordsTarget
 from gn_practical.training.validation.report import Report, describe
-from gn_practical.training.validation.targets import targets_of
+from gn_practical.training.validation.targets import RecordsTarget, targets_of
 
 _PATHS = {  # metadata keys, with what they are
     "image_root": "folder of images",
@@ -86,9 +85,6 @@ def _problems(cfg: CfgNode, names: Sequence[str]) -> Iterator[str]:
     yield from _check_same_classes(there)
 
 
-# Files ------------------------------------------------------------------------------------------
-
-
 def _missing_paths(metadata: Metadata) -> Iterator[str]:
     for key, what in _PATHS.items():
         path = metadata.get(key)
@@ -127,9 +123,6 @@ def _prepare_command(metadata: Metadata) -> str:
         return command
     sources = f"--panoptic-json {metadata.panoptic_json} --panoptic-root {metadata.panoptic_root}"
     return f"{command} {sources} --output {output}"
-
-
-# The config -------------------------------------------------------------------------------------
 
 
 def _check_num_classes(cfg: CfgNode, names: Sequence[str]) -> Iterator[str]:
@@ -172,9 +165,6 @@ def _check_same_classes(names: Sequence[str]) -> Iterator[str]:
                     f"{len(expected)} in {first!r} and {len(classes)} in {name!r}; they differ in "
                     f"class {number}: {a!r} and {b!r}. List the same categories in both jsons."
                 )
-
-
-# The jsons --------------------------------------------------------------------------------------
 
 
 def _validate(cfg: CfgNode, names: Sequence[str]) -> Iterator[str]:

@@ -1,16 +1,51 @@
 """What to validate: the data sets of a config."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
 from gn_practical.training.data.registration import ensure_registered
-from gn_practical.training.validation.coco import Names
+from gn_practical.training.validation.coco import Names, Session
+from gn_practical.training.validation.findings import Fault
 from gn_practical.training.validation.instances import InstancesTarget
 from gn_practical.training.validation.panoptic import PanopticTarget
-from gn_practical.training.validation.records import RecordsTarget
+
+_FILES = {
+    "file_name": "image",
+    "sem_seg_file_name": "stuff PNG",
+    "pan_seg_file_name": "panoptic PNG",
+}
+
+
+class RecordsTarget(NamedTuple):
+    """A data set of another format than COCO's, as Detectron2 loads it: its files alone."""
+
+    json: str  # the name in Detectron2's catalog
+
+    def check(self, session: Session) -> Iterator[Fault]:
+        """Yield all faults of files; see `InstancesTarget.check`."""
+        try:
+            records = DatasetCatalog.get(self.json)
+        except Exception as error:  # whatever the user's own loader raises
+            yield Fault("json unusable", self.json, detail=f"its loader raised {error!r}")
+            return
+        tasks = [
+            (index, record, key)
+            for index, record in enumerate(records)
+            for key in _FILES
+            if key in record
+        ]
+        paths = [record[key] for _, record, key in tasks]
+        found = session.look_at("", paths, self.json)
+        for (index, record, key), facts in zip(tasks, found, strict=True):
+            stated = (record.get("width"), record.get("height"))
+            place = (self.json, (index,), record[key], record.get("image_id"), None)
+            for reason, detail in facts.findings(_FILES[key], [] if None in stated else [stated]):
+                yield Fault(reason, *place, detail)
+
 
 Target = InstancesTarget | PanopticTarget | RecordsTarget
 

@@ -11,7 +11,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +128,7 @@ def malformed(
         return f"it lacks {', '.join(sorted(lacking))}"
     return "; ".join(
         f"{key}={entry[key]!r}, which must be {what}"
-        for key, (will_do, what) in chain(needed.items(), (optional or {}).items())
+        for key, (will_do, what) in {**needed, **(optional or {})}.items()
         if key in keys and not will_do(entry[key])
     )
 

@@ -25,8 +25,9 @@ from gn_practical.training.validation import (
     validate,
     write_clean,
 )
-from gn_practical.training.validation.annotations import Expected, check_instance, rle_counts
+from gn_practical.training.validation.annotations import check_instances
 from gn_practical.training.validation.files import decode_file
+from gn_practical.training.validation.masks import rle_counts
 from gn_practical.training.validation.panoptic import segment_extents
 
 ROOT = Path(__file__).parent.parent
@@ -433,7 +434,8 @@ def test_size_is_that_after_exif_rotation(tmp_path, size):
 
 def reasons(change, size=(40, 30)):
     annotation = {"category_id": 1, "bbox": [1, 1, 5, 5], "area": 4, **change}
-    return [reason for reason, _ in check_instance(annotation, [size], Expected(frozenset({1})))]
+    found = check_instances([annotation], np.array([[size, size]]), categories={1})
+    return [reason for _, reason, _ in found]
 
 
 @pytest.mark.parametrize(

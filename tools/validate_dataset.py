@@ -49,35 +49,20 @@ def parse_args() -> argparse.Namespace:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config-file", metavar="FILE", help="validate the data of this config")
-    parser.add_argument("--instances", metavar="JSON", help="validate a json of instances")
-    parser.add_argument(
-        "--panoptic", nargs=2, metavar=("JSON", "PNGDIR"), help="validate panoptic annotations"
-    )
-    parser.add_argument(
-        "--images", metavar="DIR", help="folder of the images of --instances and --panoptic"
-    )
-    parser.add_argument("--stuff", metavar="DIR", help="stuff PNGs that belong to --panoptic")
-    parser.add_argument(
-        "--annotations-only", action="store_true", help="the jsons alone: no image, no PNG"
-    )
-    parser.add_argument(
-        "--output",
-        metavar="FILE",
-        help="report with all faults, .json or .csv "
-        "(default: validation.json in OUTPUT_DIR of the config, or in output)",
-    )
-    parser.add_argument(
-        "--write-clean",
-        metavar="PATH",
-        help="write the json again without the images and annotations that have errors; a folder "
-        "if there are several jsons",
-    )
-    parser.add_argument(
-        "--first", type=int, default=5, metavar="N", help="shown of each reason (default: 5)"
-    )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores)")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
+    add = parser.add_argument
+    add("--config-file", metavar="FILE", help="validate the data of this config")
+    add("--instances", metavar="JSON", help="validate a json of instances")
+    add("--panoptic", nargs=2, metavar=("JSON", "PNGDIR"), help="validate panoptic annotations")
+    add("--images", metavar="DIR", help="folder of the images of --instances and --panoptic")
+    add("--stuff", metavar="DIR", help="stuff PNGs that belong to --panoptic")
+    add("--annotations-only", action="store_true", help="the jsons alone: no image, no PNG")
+    where = "(default: validation.json in OUTPUT_DIR of the config, or in output)"
+    add("--output", metavar="FILE", help=f"report with all faults, .json or .csv {where}")
+    clean = "write the json again without the images and annotations that have errors"
+    add("--write-clean", metavar="PATH", help=f"{clean}; a folder if there are several jsons")
+    add("--first", type=int, default=5, metavar="N", help="shown of each reason (default: 5)")
+    add("--workers", type=int, metavar="N", help="processes (default: all cores)")
+    add("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
     args = parser.parse_args()
     check_args(parser, args)
     return args
@@ -110,10 +95,8 @@ def read_targets(args: argparse.Namespace) -> "list[Target]":
     if args.instances:
         targets.append(InstancesTarget(args.instances, images))
     if args.panoptic:
-        path, root = args.panoptic
-        files = not args.annotations_only
-        pair = {"stuff_root": args.stuff, "files": files, "instances_json": args.instances}
-        targets.append(PanopticTarget(path, root, images, **pair))
+        others = (None, args.stuff, not args.annotations_only, args.instances)
+        targets.append(PanopticTarget(*args.panoptic, images, *others))
     args.output = args.output or os.path.join(folder, "validation.json")
     return targets
 
@@ -147,9 +130,7 @@ def write_clean_jsons(report: "Report", paths: dict[str, str]) -> None:
         removed = write_clean(source, report.faults, output)
         print(f"{output}: without {removed.images} images and {removed.annotations} annotations.")
         if removed.kept:
-            print(
-                f"  {removed.kept} errors remain that no removal corrects, of its categories, say."
-            )
+            print(f"  {removed.kept} errors remain that no removal corrects: of categories, say.")
 
 
 def run(args: argparse.Namespace) -> int:

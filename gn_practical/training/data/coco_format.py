@@ -5,11 +5,11 @@ The metadata made here has the names and meaning that Detectron2 gives them for
 order of the categories' ids, and stuff begins with an extra class "things" at 0.
 """
 
-import itertools
 import json
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,20 +37,19 @@ def read_json(path: str | os.PathLike, repeated_keys: list[str] | None = None) -
 
     Raises:
         DatasetError: if it is missing or no json object; names the file and the position.
-
-    Example:
-        >>> read_json("annotations.json")
-        Traceback (most recent call last):
-        gn_practical.training.data.errors.DatasetError: annotations.json must exist. Check the path.
     """
     text = _read_text(path)
     # The hook costs as much time again as reading does.
     hook = None if repeated_keys is None else partial(_to_dict, repeated_keys)
     try:
         content = json.loads(text, object_pairs_hook=hook)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of too many digits, of too many brackets
+        what = f"{type(error).__name__}: {error}"
+        if isinstance(error, json.JSONDecodeError):
+            where = f"line {error.lineno}, column {error.colno} (character {error.pos} of"
+            what = f"an error at {where} {len(text)}): {error.msg}"
         raise DatasetError(
-            f"{path} must be valid json, got {_describe(error, len(text))}. "
+            f"{path} must be valid json, got {what}. "
             "The file may be incomplete: copy, download or write it again."
         ) from None
     if not isinstance(content, dict):
@@ -64,16 +63,8 @@ def read_json(path: str | os.PathLike, repeated_keys: list[str] | None = None) -
 def _to_dict(repeated: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        repeated += [key for key, count in counts.items() if count > 1]
+        repeated += [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
     return result
-
-
-def _describe(error: Exception, size: int) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        where = f"line {error.lineno}, column {error.colno} (character {error.pos} of {size})"
-        return f"an error at {where}: {error.msg}"
-    return f"{type(error).__name__}: {error}"  # of too many digits, of too many brackets
 
 
 def _read_text(path: str | os.PathLike) -> str:
@@ -88,18 +79,77 @@ def _read_text(path: str | os.PathLike) -> str:
         raise DatasetError(f"{path} must be a readable text file, got: {error}.") from None
 
 
+# Entries of a json ------------------------------------------------------------------------------
+
+Kind = tuple[Callable[[Any], bool], str]  # whether a value will do, and what it must be
+
+
+def is_id(value: object) -> bool:
+    """Whether a value can identify: a whole number of any size or a text."""
+    return isinstance(value, int | str) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number that fits a float, infinite or not, and no bool."""
+    return type(value) is float or (type(value) is int and abs(value) < 1e300)
+
+
+def _is_file_name(value: object) -> bool:
+    try:
+        return isinstance(value, str) and bool(value) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+
+
+ID: Kind = (is_id, "a whole number or a text")
+WHOLE: Kind = (lambda value: type(value) is int, "a whole number")
+SIDE: Kind = (lambda value: type(value) is int and 0 < value < 2**31, "a whole number above 0")
+NUMBER: Kind = (is_number, "a number")
+FLAG: Kind = (lambda value: value in (0, 1), "0 or 1")
+TEXT: Kind = (lambda value: isinstance(value, str), "a text")
+LIST: Kind = (lambda value: isinstance(value, list), "a list")
+FILE_NAME: Kind = (_is_file_name, "the name of a file")
+ANYTHING: Kind = (lambda value: True, "anything")
+
+CATEGORY = {"id": WHOLE, "name": TEXT}
+
+
+def malformed(
+    entry: object, needed: Mapping[str, Kind], optional: Mapping[str, Kind] | None = None
+) -> str:
+    """Say what makes an entry of a json unusable; nothing if it is sound.
+
+    Example:
+        >>> malformed({"id": "3", "name": "car"}, CATEGORY)
+        "id='3', which must be a whole number"
+    """
+    keys = entry.keys() if isinstance(entry, Mapping) else set()
+    if lacking := needed.keys() - keys:
+        return f"it lacks {', '.join(sorted(lacking))}"
+    return "; ".join(
+        f"{key}={entry[key]!r}, which must be {what}"
+        for key, (will_do, what) in {**needed, **(optional or {})}.items()
+        if key in keys and not will_do(entry[key])
+    )
+
+
+def repeated(values: Mapping[int, Hashable]) -> Iterator[int]:
+    """Yield the key of every value that came before."""
+    seen = set()
+    for key, value in values.items():
+        if value in seen:
+            yield key
+        seen.add(value)
+
+
+# Categories -------------------------------------------------------------------------------------
+
+
 def read_categories(path: str | os.PathLike) -> list[Category]:
     """Read the categories of a COCO json, sorted by id, without parsing the rest of the file.
 
-    Args:
-        path: an instances or a panoptic json.
-
     Raises:
         DatasetError: if there are none, or one lacks its id or name, or two share an id.
-
-    Example:
-        >>> read_categories("instances.json")  # doctest: +SKIP
-        [{'id': 1, 'name': 'person'}]
     """
     text, position = _read_text(path), -1
     while (position := text.find('"categories"', position + 1)) >= 0:
@@ -114,27 +164,8 @@ def read_categories(path: str | os.PathLike) -> list[Category]:
 
 
 def _are_categories(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(entry, dict) and {"id", "name"} <= entry.keys() for entry in value)
-    )
-
-
-def malformed_category(category: object) -> str:
-    """Say what makes an entry of ``categories`` unusable; nothing if it is sound.
-
-    Example:
-        >>> malformed_category({"id": "3", "name": "car"})
-        "id='3', which must be a whole number"
-    """
-    if not isinstance(category, dict) or not {"id", "name"} <= category.keys():
-        return f"{category!r} has no id or no name"
-    if type(category["id"]) is not int:
-        return f"id={category['id']!r}, which must be a whole number"
-    if not isinstance(category["name"], str):
-        return f"name={category['name']!r}, which must be a text"
-    return ""
+    keys = dict.fromkeys(CATEGORY, ANYTHING)
+    return isinstance(value, list) and bool(value) and not any(malformed(c, keys) for c in value)
 
 
 def sort_categories(categories: object, path: str | os.PathLike) -> list[Category]:
@@ -143,18 +174,14 @@ def sort_categories(categories: object, path: str | os.PathLike) -> list[Categor
         raise DatasetError(
             f"{path} must have a key 'categories' with a list of objects that have 'id' and 'name'."
         )
-    problems = filter(None, map(malformed_category, categories))
-    if problem := next(problems, ""):
-        raise DatasetError(
-            f"All categories of {path} must have a whole number as id and a text as name, got "
-            f"{problem}. Correct the json."
-        )
-    categories = sorted(categories, key=lambda category: category["id"])
+    if problem := next(filter(None, (malformed(c, CATEGORY) for c in categories)), ""):
+        raise DatasetError(f"All categories of {path} must be sound, got {problem}. Correct them.")
     ids = [category["id"] for category in categories]
-    twice = sorted({a for a, b in itertools.pairwise(ids) if a == b})
-    if twice:
-        raise DatasetError(f"{path} must give every category its own id, got id={twice[0]} twice.")
-    return categories
+    for index in repeated(dict(enumerate(ids))):
+        raise DatasetError(
+            f"{path} must give every category its own id, got id={ids[index]} twice. Correct it."
+        )
+    return sorted(categories, key=lambda category: category["id"])
 
 
 def instances_metadata(categories: list[Category]) -> dict[str, Any]:
@@ -175,8 +202,7 @@ def panoptic_metadata(categories: list[Category], path: str | os.PathLike) -> di
         DatasetError: if a category lacks ``isthing``, there are no things or no stuff, or more
             than 254 stuff classes.
     """
-    without = [category["name"] for category in categories if category.get("isthing") not in (0, 1)]
-    if without:
+    if without := [c["name"] for c in categories if c.get("isthing") not in (0, 1)]:
         raise DatasetError(
             f"{path} must say for every category whether it is a thing (isthing 0 or 1), "
             f"missing for {len(without)}, the first is {without[0]!r}. "
@@ -191,14 +217,12 @@ def panoptic_metadata(categories: list[Category], path: str | os.PathLike) -> di
         )
     ids = [category["id"] for category in categories]
     of_things = 0 if 0 not in ids else min(ids) - 1  # 0 in Detectron2: taken here by a category
+    stuff_ids = [of_things, *(category["id"] for category in stuff)]
     return {
         **instances_metadata(things),
         "stuff_classes": ["things", *(category["name"] for category in stuff)],
         "stuff_colors": [(82, 18, 128), *_colours(stuff)],
-        "stuff_dataset_id_to_contiguous_id": {
-            of_things: 0,
-            **{category["id"]: index for index, category in enumerate(stuff, start=1)},
-        },
+        "stuff_dataset_id_to_contiguous_id": {key: index for index, key in enumerate(stuff_ids)},
     }
 
 
@@ -212,11 +236,8 @@ def _colours(categories: list[Category]) -> list[tuple[int, int, int]]:
 
 
 def _is_rgb(value: object) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and len(value) == 3
-        and all(type(channel) is int and 0 <= channel < 256 for channel in value)
-    )
+    is_list = isinstance(value, list | tuple) and len(value) == 3
+    return is_list and all(type(channel) is int and 0 <= channel < 256 for channel in value)
 
 
 def stuff_labels(categories: list[Category], path: str | os.PathLike) -> dict[int, int]:

@@ -1,6 +1,6 @@
 """Drawing of one scene: wavy regions of stuff with a few overlapping things on them."""
 
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -19,64 +19,35 @@ _MIN_STUFF_PIXELS = 64
 Generator = np.random.Generator
 
 
-@dataclass
-class Segment:
+class Segment(NamedTuple):
     """One segment of a scene: its class, as an index, and its visible pixels."""
 
     is_thing: bool
     class_index: int
-    mask: np.ndarray = field(repr=False)
+    mask: np.ndarray
 
 
 def draw_scene(rng: Generator, size: int) -> tuple[np.ndarray, list[Segment]]:
-    """Draw a scene.
+    """Draw a scene: the RGB image, uint8, and its segments, with disjoint masks.
 
-    The class of a thing shows in its shape and, less surely, in its hue; brightness, second colour
-    and texture are drawn at random for every thing. Things lie over each other in painter's order;
-    those that stay hidden for the most part are left out of the picture. What is left of a stuff
-    region of fewer than 64 pixels belongs to no segment (void).
-
-    Args:
-        rng: source of all randomness.
-        size: side of the square image, in pixels.
-
-    Returns:
-        The RGB image, uint8, and its segments, with disjoint masks.
+    The class of a thing shows in its shape and, less surely, in its hue. Things that stay hidden
+    for the most part are left out of the picture; what is left of a stuff region of fewer than 64
+    pixels belongs to no segment (void).
 
     Shape:
         image ``(size, size, 3)``, each mask ``(size, size)`` bool.
-
-    Example:
-        >>> image, segments = draw_scene(np.random.default_rng(0), 128)
-        >>> image.shape
-        (128, 128, 3)
     """
     image, regions = _draw_stuff(rng, size)
-    covered = np.zeros((size, size), bool)
     things = _place_things(rng, size)
-    for class_index, alpha in things:
-        image = _paint_thing(rng, image, class_index, alpha)
-        covered |= alpha >= 0.5
+    covered = np.zeros((size, size), bool)
+    for thing, alpha in things:
+        image = _paint_thing(rng, image, thing.class_index, alpha)
+        covered |= thing.mask
     image *= rng.uniform(0.85, 1.1)
     image += rng.normal(0, rng.uniform(2, 6), image.shape)
     stuff = [Segment(False, index, mask & ~covered) for index, mask in regions]
     stuff = [segment for segment in stuff if segment.mask.sum() >= _MIN_STUFF_PIXELS]
-    visible = [Segment(True, index, mask) for index, mask in _visible_masks(things)]
-    return image.clip(0, 255).astype(np.uint8), stuff + visible
-
-
-def _visible_masks(things: list[tuple[int, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
-    """Cut from every thing what later ones cover."""
-    covered = np.zeros(1, bool)
-    visible = []
-    for class_index, alpha in reversed(things):
-        mask = alpha >= 0.5
-        visible.append((class_index, mask & ~covered))
-        covered = covered | mask
-    return visible[::-1]
-
-
-# Stuff ------------------------------------------------------------------------------------------
+    return image.clip(0, 255).astype(np.uint8), stuff + [thing for thing, _ in things]
 
 
 def _draw_stuff(rng: Generator, size: int) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
@@ -142,21 +113,18 @@ def _sand(rng: Generator, size: int) -> np.ndarray:
 _STUFF_TEXTURES = (_sky, _grass, _water, _sand)
 
 
-# Things -----------------------------------------------------------------------------------------
-
-
-def _place_things(rng: Generator, size: int) -> list[tuple[int, np.ndarray]]:
+def _place_things(rng: Generator, size: int) -> list[tuple[Segment, np.ndarray]]:
     """Choose two to four things, in painter's order; drop those that others hide."""
-    things = []
+    classes_and_alphas = []
     for _ in range(rng.integers(2, 5)):
         class_index = int(rng.integers(len(THING_CLASSES)))
-        things.append((class_index, _thing_alpha(rng, class_index, size)))
+        classes_and_alphas.append((class_index, _thing_alpha(rng, class_index, size)))
     kept, covered = [], np.zeros((size, size), bool)
-    for class_index, alpha in reversed(things):
+    for class_index, alpha in reversed(classes_and_alphas):
         mask = alpha >= 0.5
-        needed = max(_MIN_VISIBLE_PIXELS, _MIN_VISIBLE_FRACTION * mask.sum())
-        if (mask & ~covered).sum() >= needed:
-            kept.append((class_index, alpha))
+        visible = mask & ~covered
+        if visible.sum() >= max(_MIN_VISIBLE_PIXELS, _MIN_VISIBLE_FRACTION * mask.sum()):
+            kept.append((Segment(True, class_index, visible), alpha))
             covered |= mask
     return kept[::-1]
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
@@ -41,13 +42,8 @@ class PositionedLoader(Protocol):
 class SeededDataset(Dataset):
     """Maps samples, each with random numbers that follow from its position in the stream.
 
-    So an augmentation is the same whichever worker makes it, and when. Where the mapper returns
-    None, another sample takes the place, and which one follows from the position too.
-
-    Args:
-        dataset: what the indices refer to.
-        mapper: makes an input of the model of an entry, or None if it cannot be used.
-        seed: of the run.
+    So an augmentation is the same whichever worker makes it, and when; so is the sample that takes
+    the place of one of which the mapper makes None.
     """
 
     def __init__(self, dataset: Dataset, mapper: Callable[[Any], Any], seed: int) -> None:
@@ -78,9 +74,6 @@ class TrainLoader:
         stream: the order of the samples, from that seed.
         make_sampler: makes the sampler of another seed, for the run that is resumed.
         num_workers: processes that decode; 0 for this one. What they yield does not depend on it.
-
-    Raises:
-        DatasetError: (when iterating) if a sample cannot be used.
     """
 
     def __init__(
@@ -97,7 +90,7 @@ class TrainLoader:
         prefetched = DataLoader(
             self.dataset,
             batch_sampler=self.stream.copy(),
-            collate_fn=_as_list,
+            collate_fn=trivial_batch_collator,
             num_workers=self.num_workers,
             worker_init_fn=follow_rank,
             generator=torch.Generator(),  # in place of the one that the model draws from
@@ -108,8 +101,8 @@ class TrainLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Return seed, size of the data set, and the place in its stream."""
-        size = {"num_samples": len(self.dataset)}
-        return {"seed": self.dataset.seed, **size, **self.stream.state_dict()}
+        place = self.stream.state_dict()
+        return {"seed": self.dataset.seed, "num_samples": len(self.dataset), **place}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to the place in the stream of the run that saved it, or to the start of other data."""
@@ -118,13 +111,12 @@ class TrainLoader:
             self.stream.sampler = self.make_sampler(state["seed"])
         if state["num_samples"] == len(self.dataset):
             self.stream.load_state_dict(state)
-        else:
-            logging.getLogger(__name__).warning(
-                "The checkpoint's run had %d training samples, this one has %d: their order "
-                "begins anew.",
-                state["num_samples"],
-                len(self.dataset),
-            )
+            return
+        logging.getLogger(__name__).warning(
+            "The checkpoint's run had %d training samples, this one has %d: their order begins "
+            "anew.",
+            *(state["num_samples"], len(self.dataset)),
+        )
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[Any], Any]) -> Iterable[list[Any]]:
@@ -147,19 +139,18 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[Any], Any]) -> Iterable[l
             f"SOLVER.IMS_PER_BATCH must be a multiple of the number of ranks, got "
             f"{cfg.SOLVER.IMS_PER_BATCH} on {comm.get_world_size()} ranks."
         )
-    groups = _aspect_ratio_groups(parts["dataset"], parts["aspect_ratio_grouping"])
-    ranks = {"rank": comm.get_rank(), "num_ranks": comm.get_world_size()}
-    stream = BatchStream(parts["sampler"], batch_size, groups, **ranks)
     dataset = parts["dataset"]
+    groups = _aspect_ratio_groups(dataset, parts["aspect_ratio_grouping"])
+    ranks = (comm.get_rank(), comm.get_world_size())
+    stream = BatchStream(parts["sampler"], batch_size, groups, *ranks)
     if isinstance(dataset, list):
         dataset = DatasetFromList(dataset, copy=False)
 
     def make_sampler(seed: int) -> Sampler:
         return _parts(cfg, seed, mapper=mapper, dataset=dataset)["sampler"]
 
-    return TrainLoader(
-        SeededDataset(dataset, mapper, seed), stream, make_sampler, parts["num_workers"]
-    )
+    seeded_dataset = SeededDataset(dataset, mapper, seed)
+    return TrainLoader(seeded_dataset, stream, make_sampler, parts["num_workers"])
 
 
 def _parts(cfg: CfgNode, seed: int, **arguments: Any) -> dict[str, Any]:
@@ -179,10 +170,6 @@ def _aspect_ratio_groups(dataset: Iterable[Any], grouping: bool) -> bytes:
             f"samples must have a width and a height to be grouped by aspect ratio, got one "
             f"without {error}. Set DATALOADER.ASPECT_RATIO_GROUPING False."
         ) from None
-
-
-def _as_list(samples: list[Any]) -> list[Any]:
-    return samples
 
 
 def follow_rank(worker: int) -> None:

@@ -1,7 +1,7 @@
 """Detectron2's dataset mapper, with errors that name the file."""
 
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from detectron2.config import CfgNode, configurable
@@ -17,24 +17,15 @@ _WAY_OUT = "Restore the file, or remove the image from the data set's json."
 class CheckedDatasetMapper(DatasetMapper):
     """A `detectron2.data.DatasetMapper` that says which file it could not use.
 
-    What it makes of a sound sample is Detectron2's own. Masks as RLE need
-    ``INPUT.MASK_FORMAT: "bitmask"``.
-
     Args:
         cfg: a Detectron2 config; or the arguments of `detectron2.data.DatasetMapper`.
         is_train: whether to augment and to keep the annotations.
-        skipped: list of samples that may be skipped, as ``DATALOADER.MAX_SKIPPED_SAMPLES`` makes
-            it for training. For such a sample the mapper returns None, which Detectron2's
-            ``MapDataset`` replaces by another sample.
+        skipped: list of samples that may be skipped, as ``DATALOADER.MAX_SKIPPED_SAMPLES`` makes it
+            for training; the mapper returns None for such a sample.
 
     Raises:
-        DatasetError: (when called) if a file of the sample is missing, truncated or of another
-            size than the json says, or its annotations cannot be used, and no more may be
-            skipped. It comes out of a data loader's worker with the same short message.
-
-    Example:
-        >>> from detectron2.config import get_cfg
-        >>> mapper = CheckedDatasetMapper(get_cfg(), is_train=False)
+        DatasetError: (when called) if a file of the sample or its annotations cannot be used, and
+            no more may be skipped.
     """
 
     @configurable
@@ -54,28 +45,19 @@ class CheckedDatasetMapper(DatasetMapper):
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
         """Read and transform one sample; see `detectron2.data.DatasetMapper`."""
         try:
-            return self._map(dataset_dict)
-        except DatasetError as error:
-            if self.skipped is None:
-                raise
-            self.skipped.add(dataset_dict, str(error))
-            return None
-
-    def _map(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        try:
             return super().__call__(dataset_dict)
         except Exception as error:
-            _explain_files(dataset_dict)
-            raise DatasetError(
-                f"The annotations of {dataset_dict.get('file_name')} must be valid, got "
-                f"{type(error).__name__}: {' '.join(str(error).split())}. "
-                f"Correct them in the data set's json (image_id={dataset_dict.get('image_id')}), "
-                "or the INPUT keys of the config if every image fails."
-            ) from error
+            try:
+                _explain(dataset_dict, error)
+            except DatasetError as explained:
+                if self.skipped is None:
+                    raise
+                self.skipped.add(dataset_dict, str(explained))
+            return None
 
 
-def _explain_files(dataset_dict: dict[str, Any]) -> None:
-    """Raise if a file of the sample is what went wrong."""
+def _explain(dataset_dict: dict[str, Any], error: Exception) -> NoReturn:
+    """Raise what is wrong with the files of a sample, or else with its annotations."""
     keys = [key for key in ("file_name", "sem_seg_file_name") if key in dataset_dict]
     sizes = {key: _read(dataset_dict[key]).shape[1::-1] for key in keys}
     stated = (dataset_dict.get("width"), dataset_dict.get("height"))
@@ -86,6 +68,12 @@ def _explain_files(dataset_dict: dict[str, Any]) -> None:
                 f"{dataset_dict[key]} must be {expected[0]}x{expected[1]} pixels as its image in "
                 f"the json, got {size[0]}x{size[1]}. {_WAY_OUT}"
             )
+    raise DatasetError(
+        f"The annotations of {dataset_dict.get('file_name')} must be valid, got "
+        f"{type(error).__name__}: {' '.join(str(error).split())}. "
+        f"Correct them in the data set's json (image_id={dataset_dict.get('image_id')}), "
+        "or the INPUT keys of the config if every image fails."
+    ) from error
 
 
 def _read(path: str) -> np.ndarray:

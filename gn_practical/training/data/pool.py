@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cached_property, partial
+from itertools import islice
 from typing import TypeVar
 
 import cv2
@@ -26,18 +27,12 @@ _FEW_CHUNKS = 16  # are done here before worker processes have started
 class Pool:
     """Worker processes that map a function over lists, chunk by chunk.
 
-    Only a few chunks are on their way at once, so that a large json is never copied as a whole.
-    Ctrl-C reaches the main process alone; the workers end with it, also where it is killed.
-    Short lists are mapped in this process.
+    Ctrl-C reaches the main process alone; the workers end with it, also where it is killed. Short
+    lists are mapped in this process.
 
     Args:
         workers: processes; all cores by default, 0 for this process alone.
         show_progress: draw a bar for every map, on a terminal.
-
-    Example:
-        >>> with Pool(1) as pool:
-        ...     list(pool.map(abs, [-1, 2], "number"))
-        [1, 2]
     """
 
     def __init__(self, workers: int | None = None, show_progress: bool = True) -> None:
@@ -66,11 +61,11 @@ class Pool:
         title: str,
         chunk_size: int = 32,
     ) -> Iterator[Result]:
-        """Yield the results in order.
+        """Yield the results in order; function and items can be pickled.
 
         Args:
-            function: can be pickled.
-            items: can be pickled.
+            function: of one item.
+            items: what it is mapped over.
             title: what the bar says.
             chunk_size: items that go to a worker at once.
 
@@ -93,12 +88,12 @@ class Pool:
         running: deque[tuple[Item, Future]] = deque()
         first = None
         try:
-            for chunk in chunks:
-                running.append((chunk[0], self._executor.submit(run, chunk)))
-                if len(running) == self.workers * _CHUNKS_AHEAD:
-                    first, future = running.popleft()
-                    yield future.result()
-            while running:
+            while True:
+                # Few at once, so that a large json is never copied as a whole.
+                for chunk in islice(chunks, self.workers * _CHUNKS_AHEAD - len(running)):
+                    running.append((chunk[0], self._executor.submit(run, chunk)))
+                if not running:
+                    return
                 first, future = running.popleft()
                 yield future.result()
         except BrokenProcessPool as error:
@@ -112,10 +107,9 @@ class Pool:
 
 def available_cores() -> int:
     """Return the number of cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))  # what a container or a batch system leaves us
-    except AttributeError:  # not on every system
-        return os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # what a container or a batch system leaves us
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _run(function: Callable[[Item], Result], chunk: Sequence[Item]) -> list[Result]:
@@ -133,9 +127,6 @@ def _start_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that made the pool was killed, which no queue tells it.
-
-    Its parent for the system, the fork server, waits for it and so would live on too.
-    """
+    # No queue tells that; and its parent for the system, the fork server, waits for this process.
     multiprocessing.parent_process().join()
     os._exit(1)

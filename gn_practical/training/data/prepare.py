@@ -3,8 +3,6 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from gn_practical.training.atomic import (
-    PathLike,
-    refuse_overwriting,
-    replace_file,
-    write_json,
-)
+from gn_practical.training.atomic import PathLike, refuse_overwriting, replace_file, write_json
 from gn_practical.training.data.coco_format import (
     VOID,
     mask_annotation,
@@ -26,7 +19,7 @@ from gn_practical.training.data.coco_format import (
     sort_categories,
     stuff_labels,
 )
-from gn_practical.training.data.errors import DatasetError
+from gn_practical.training.data.errors import DatasetError, writing
 from gn_practical.training.data.pool import Pool
 
 _logger = logging.getLogger(__name__)
@@ -35,12 +28,10 @@ _MODES = ("RGB", "RGBA", "P")  # that keep the three channels of an id
 
 
 class _Task(NamedTuple):
-    """One image: its panoptic PNG, its name, the image's size in the json, and its segments."""
-
     image_id: int | str
     panoptic_png: Path
-    name: str
-    size: tuple[int, int]  # width, height
+    name: str  # of the PNG
+    size: tuple[int, int]  # width, height, as the json has them
     segments: list[dict[str, Any]]
 
 
@@ -48,18 +39,10 @@ def prepare_coco(root: PathLike, workers: int | None = None, overwrite: bool = F
     """Make COCO 2017's stuff PNGs, where Detectron2's ``coco_2017_*_panoptic_separated`` look.
 
     Reads ``coco/annotations/panoptic_{train,val}2017.json`` and ``coco/panoptic_{train,val}2017``
-    under `root`, writes ``coco/panoptic_stuff_{train,val}2017``.
-
-    Args:
-        root: folder of Detectron2's data sets.
-        workers: processes; all cores by default.
-        overwrite: write all PNGs anew.
+    under `root`, writes ``coco/panoptic_stuff_{train,val}2017``; see `prepare_stuff`.
 
     Raises:
         DatasetError: if neither json is there, or as `prepare_stuff`.
-
-    Example:
-        >>> prepare_coco("datasets")  # doctest: +SKIP
     """
     coco = Path(root) / "coco"
     jsons = {s: coco / "annotations" / f"panoptic_{s}.json" for s in ("train2017", "val2017")}
@@ -74,15 +57,10 @@ def prepare_coco(root: PathLike, workers: int | None = None, overwrite: bool = F
     for split in jsons.keys() - found.keys():
         _logger.warning("%s is not there: %s is left out.", jsons[split], split)
     for split, path in found.items():
-        _check_unpacked(coco, split)
-        output = coco / f"panoptic_stuff_{split}"
-        prepare_stuff(path, coco / f"panoptic_{split}", output, workers, overwrite)
-
-
-def _check_unpacked(coco: Path, split: str) -> None:
-    folder, archive = coco / f"panoptic_{split}", coco / "annotations" / f"panoptic_{split}.zip"
-    if archive.is_file() and not folder.is_dir():
-        raise DatasetError(f"{folder} must exist. Run: unzip -q {archive} -d {coco}")
+        folder, archive = coco / f"panoptic_{split}", path.with_suffix(".zip")
+        if archive.is_file() and not folder.is_dir():
+            raise DatasetError(f"{folder} must exist. Run: unzip -q {archive} -d {coco}")
+        prepare_stuff(path, folder, coco / f"panoptic_stuff_{split}", workers, overwrite)
 
 
 def prepare_stuff(
@@ -94,9 +72,9 @@ def prepare_stuff(
 ) -> int:
     """Make a stuff PNG from each panoptic PNG, as Detectron2's ``prepare_panoptic_fpn.py`` does.
 
-    A pixel is 0 for all things, 1.. for stuff in the order of the category ids, 255 for void.
-    PNGs that are there and hold what would be written are kept, so that an interrupted run goes
-    on where it was; what was written is read again.
+    A pixel is 0 for all things, 1.. for stuff in the order of the category ids, 255 for void. PNGs
+    that are there and hold what would be written are kept, so that an interrupted run goes on where
+    it was; what was written is read again.
 
     Args:
         panoptic_json: COCO's panoptic annotations.
@@ -109,58 +87,39 @@ def prepare_stuff(
         The number of PNGs.
 
     Raises:
-        DatasetError: if the json or a PNG is missing or malformed, if ids of a PNG are not those
-            of its segments, or if an output would overwrite a source; names the file.
-
-    Example:
-        >>> prepare_stuff("panoptic.json", "panoptic", "panoptic_stuff")  # doctest: +SKIP
-        5000
+        DatasetError: if the json or a PNG is missing or malformed, if ids of a PNG are not those of
+            its segments, or if an output would overwrite a source; names the file.
     """
     output = Path(output)
-    tasks, categories = _read_tasks(panoptic_json, panoptic_root)
-    _check_targets(tasks, output, [panoptic_json, *(task.panoptic_png for task in tasks)])
+    _, tasks, categories = _read_tasks(panoptic_json, panoptic_root)
+    targets = [output / task.name for task in tasks]
+    _make_folders(targets, output)
+    with writing(output):
+        refuse_overwriting(targets, [panoptic_json, *(task.panoptic_png for task in tasks)])
     labels = stuff_labels(categories, panoptic_json)
     convert = partial(_write_stuff, output=output, labels=labels, overwrite=overwrite)
     with Pool(workers) as pool:
         written = sum(pool.map(convert, tasks, f"Writing {output.name}"))
     _logger.info("%s: %d PNGs, %d of them written now, all whole.", output, len(tasks), written)
-    _name_strangers(tasks, output)
-    return len(tasks)
-
-
-def _check_targets(tasks: list[_Task], output: Path, sources: list[PathLike]) -> None:
-    """Make the folders; raise unless all targets lie in them and none is a source."""
-    targets = [output / task.name for task in tasks]
-    with _dataset_errors(output):
-        for folder in {output, *(target.parent for target in targets)}:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not folder.resolve().is_relative_to(output.resolve()):
-                raise DatasetError(
-                    f"All stuff PNGs must be written below {output}, got the folder {folder}, a "
-                    "link to another place. Remove the link or choose another --output."
-                )
-        refuse_overwriting(targets, sources)
-
-
-@contextmanager
-def _dataset_errors(path: PathLike) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DatasetError(f"{path} must be writable, got: {error}.") from None
-    except ValueError as error:
-        raise DatasetError(str(error)) from None
-
-
-def _name_strangers(tasks: list[_Task], output: Path) -> None:
-    expected = {output / task.name for task in tasks}
-    strangers = sorted(set(output.rglob("*.png")) - expected)
-    if strangers:
+    if strangers := sorted(set(output.rglob("*.png")) - set(targets)):
         _logger.warning(
             "%s has %d other PNGs, the first is %s: left by another json? Training takes those "
             "alone that the json lists.",
             *(output, len(strangers), strangers[0].relative_to(output)),
         )
+    return len(tasks)
+
+
+def _make_folders(targets: list[Path], output: Path) -> None:
+    """Make the folders of the targets; raise unless all lie in the output."""
+    for folder in {output, *(target.parent for target in targets)}:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not folder.resolve().is_relative_to(output.resolve()):
+            raise DatasetError(
+                f"All stuff PNGs must be written below {output}, got the folder {folder}, a "
+                "link to another place. Remove the link or choose another --output."
+            )
 
 
 def write_instances_json(
@@ -174,31 +133,20 @@ def write_instances_json(
     The images are those of the panoptic json, ``iscrowd`` is kept, segments without a pixel are
     left out. The masks are RLE: train with ``INPUT.MASK_FORMAT "bitmask"``.
 
-    Args:
-        panoptic_json: COCO's panoptic annotations.
-        panoptic_root: folder of the panoptic PNGs.
-        output_json: file to write.
-        workers: processes; all cores by default.
-
     Returns:
         The number of instances.
 
     Raises:
         DatasetError: if the json or a PNG is missing or malformed; names the file.
-
-    Example:
-        >>> write_instances_json("panoptic.json", "panoptic", "instances.json")  # doctest: +SKIP
-        36781
     """
-    tasks, categories = _read_tasks(panoptic_json, panoptic_root)
+    images, tasks, categories = _read_tasks(panoptic_json, panoptic_root)
     things = [category for category in categories if category["isthing"]]
     extract = partial(_extract_instances, thing_ids={category["id"] for category in things})
     with Pool(workers) as pool:
         found = [a for image in pool.map(extract, tasks, f"Making {output_json}") for a in image]
     annotations = [{"id": number, **annotation} for number, annotation in enumerate(found, start=1)]
-    images = read_json(panoptic_json)["images"]
     content = {"images": images, "annotations": annotations, "categories": things}
-    with _dataset_errors(output_json):
+    with writing(output_json):
         refuse_overwriting([output_json], [panoptic_json, *(task.panoptic_png for task in tasks)])
         write_json(output_json, content)
     return len(annotations)
@@ -209,7 +157,8 @@ def write_instances_json(
 
 def _read_tasks(
     panoptic_json: PathLike, panoptic_root: PathLike
-) -> tuple[list[_Task], list[dict[str, Any]]]:
+) -> tuple[list[dict[str, Any]], list[_Task], list[dict[str, Any]]]:
+    """Return the images, a task for each annotation, and the categories."""
     content, root = read_json(panoptic_json), Path(panoptic_root)
     categories = sort_categories(content.get("categories"), panoptic_json)
     known = set(stuff_labels(categories, panoptic_json))
@@ -229,27 +178,21 @@ def _read_tasks(
             f"{panoptic_json} must use only ids of its categories, got "
             f"category_id={next(iter(used - known))}. Add the category or correct the segments."
         )
-    _check_names([task.name for task in tasks], panoptic_json)
-    return tasks, categories
+    for name, count in Counter(task.name for task in tasks).items():
+        outside = os.path.isabs(name) or os.pardir in Path(name).parts or "\0" in name
+        if outside or count > 1:
+            raise DatasetError(
+                f"Every annotation of {panoptic_json} must have a file_name of its own that stays "
+                f"in the folder of panoptic PNGs, got file_name={name!r}"
+                f"{f' {count} times' if count > 1 else ''}. Correct the json."
+            )
+    return content["images"], tasks, categories
 
 
 def _task(annotation: dict[str, Any], images: dict[Any, dict[str, Any]], root: Path) -> _Task:
     image, name = images[annotation["image_id"]], annotation["file_name"]
     size = (image["width"], image["height"])
     return _Task(image["id"], root / name, name, size, list(annotation["segments_info"]))
-
-
-def _check_names(names: list[str], path: PathLike) -> None:
-    """Raise unless every annotation has a PNG of its own below the folder of PNGs."""
-    for name, count in Counter(names).items():
-        outside = os.path.isabs(name) or os.pardir in Path(name).parts or "\0" in name
-        if outside or count > 1:
-            raise DatasetError(
-                f"Every annotation of {path} must have a file_name of its own that stays in the "
-                f"folder of panoptic PNGs, got file_name={name!r}"
-                + (f" {count} times" if count > 1 else "")
-                + ". Correct the json."
-            )
 
 
 # One image --------------------------------------------------------------------------------------
@@ -292,7 +235,7 @@ def _write_stuff(task: _Task, output: Path, labels: dict[int, int], overwrite: b
     if not overwrite and _holds(target, stuff):
         return False
     # Not ".png" until it is whole: Detectron2 loads every .png of the folder.
-    with _dataset_errors(target), replace_file(target, durable=False) as temporary:
+    with writing(target), replace_file(target, durable=False) as temporary:
         Image.fromarray(stuff).save(temporary, format="PNG")
     if not _holds(target, stuff):
         raise DatasetError(f"{target} must be whole after writing. Is the disk full? Run it again.")
@@ -310,14 +253,9 @@ def _holds(path: Path, labels: np.ndarray) -> bool:
 def _extract_instances(task: _Task, thing_ids: set[int]) -> list[dict[str, Any]]:
     ids, annotations = _read_ids(task), []
     for segment in task.segments:
-        mask = ids == segment["id"]
-        if segment["category_id"] in thing_ids and mask.any():
-            annotations.append(
-                {
-                    "image_id": task.image_id,
-                    "category_id": segment["category_id"],
-                    "iscrowd": int(segment.get("iscrowd", 0)),
-                    **mask_annotation(mask),
-                }
-            )
+        mask, category = ids == segment["id"], segment["category_id"]
+        if category in thing_ids and mask.any():
+            keys = {"image_id": task.image_id, "category_id": category}
+            is_crowd = int(segment.get("iscrowd", 0))
+            annotations.append({**keys, "iscrowd": is_crowd, **mask_annotation(mask)})
     return annotations

@@ -56,109 +56,64 @@ def register_scenes() -> None:
     """Register the embedded scenes; draws nothing (`ensure_registered` does when they are used).
 
     Names: ``scenes_{train,val}`` for instances, ``scenes_{train,val}_panoptic_separated`` for a
-    panoptic FPN and ``scenes_{train,val}_panoptic_stuffonly``. They lie in the folder ``scenes``
-    under the environment variable ``DETECTRON2_DATASETS`` (default ``datasets``) as it was when
-    this module was imported. A second call does nothing.
-
-    Example:
-        >>> register_scenes()
-        >>> MetadataCatalog.get("scenes_val").thing_classes
-        ['disc', 'box', 'triangle', 'star', 'ring']
+    panoptic FPN and ``scenes_{train,val}_panoptic_stuffonly``, in the folder `SCENES_ROOT`.
     """
     things = [category for category in CATEGORIES if category["isthing"]]
     for split in ("train", "val"):
-        images, stuff, instances_json, panoptic, panoptic_json = (
-            os.path.join(SCENES_ROOT, *parts)
-            for parts in (
-                ("images", split),
-                (f"panoptic_stuff_{split}",),
-                (f"instances_{split}.json",),
-                (f"panoptic_{split}",),
-                (f"panoptic_{split}.json",),
-            )
+        parts = (
+            *(f"images/{split}", f"panoptic_{split}", f"panoptic_{split}.json"),
+            *(f"panoptic_stuff_{split}", f"instances_{split}.json"),
         )
-        _register_instances(
-            CocoInstances(f"scenes_{split}", images, instances_json),
-            instances_metadata(things),
-        )
-        _register_panoptic(
-            CocoPanoptic(
-                f"scenes_{split}_panoptic", images, panoptic, panoptic_json, stuff, instances_json
-            ),
-            panoptic_metadata(CATEGORIES, panoptic_json),
-        )
+        paths = (os.path.join(SCENES_ROOT, part) for part in parts)
+        whole = CocoPanoptic(f"scenes_{split}_panoptic", *paths)
+        instances = CocoInstances(f"scenes_{split}", whole.image_root, whole.instances_json)
+        _register(whole, panoptic_metadata(CATEGORIES, whole.panoptic_json))
+        _register(instances, instances_metadata(things))
 
 
 def register_datasets(cfg: CfgNode) -> None:
     """Register the user's own data of ``DATASETS.COCO_INSTANCES`` and ``DATASETS.COCO_PANOPTIC``.
 
-    Class names and contiguous ids come from each json's ``categories``, in the order of their
-    ids, so that train and val of the same data agree. A panoptic entry is registered as
-    ``<name>_separated`` and ``<name>_stuffonly``, as Detectron2 does. An entry may come again, in
-    a later call. Where a json is missing the name is registered all the same, without classes:
-    the check at a run's start reports it if the run uses it.
-
-    Args:
-        cfg: a config with the keys of `add_pgn_config`.
+    Class names and contiguous ids come from each json's ``categories``, in the order of their ids,
+    so that train and val of the same data agree. A panoptic entry is registered as
+    ``<name>_separated`` and ``<name>_stuffonly``, as Detectron2 does. An entry may come again, in a
+    later call. Where a json is missing the name is registered all the same, without classes: the
+    check at a run's start reports it if the run uses it.
 
     Raises:
         DatasetError: if an entry is malformed, its json is, or its name is taken.
-
-    Example:
-        >>> from detectron2.config import get_cfg
-        >>> from gn_practical.training import add_training_config
-        >>> cfg = get_cfg()
-        >>> add_training_config(cfg)
-        >>> cfg.DATASETS.COCO_INSTANCES = (("cells_train", "cells/images", "cells/train.json"),)
-        >>> register_datasets(cfg)
-        >>> "cells_train" in DatasetCatalog
-        True
     """
     for entry in _entries(cfg, "COCO_INSTANCES", CocoInstances):
-        path = entry.instances_json
-        _register_instances(entry, _metadata(path, lambda cats, _: instances_metadata(cats)))
+        _register(entry, _metadata(entry.instances_json, instances_metadata))
     for entry in _entries(cfg, "COCO_PANOPTIC", CocoPanoptic):
-        _register_panoptic(entry, _metadata(entry.panoptic_json, panoptic_metadata))
+        path = entry.panoptic_json
+        _register(entry, _metadata(path, partial(panoptic_metadata, path=path)))
 
 
 def ensure_registered(names: Iterable[str]) -> None:
     """Check that data sets are registered; make the embedded scenes if they are among them.
 
-    Args:
-        names: of the data sets.
-
     Raises:
         DatasetError: if one is not, with the names close to it.
-
-    Example:
-        >>> ensure_registered(["coco_2017_vall"])
-        Traceback (most recent call last):
-        gn_practical.training.data.errors.DatasetError: A data set must be registered, got ...
     """
     names = list(names)
+    known = DatasetCatalog.list()
     for name in names:
-        _check_registered(name)
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            close = [f"{name}_separated"] if f"{name}_separated" in known else close
+            hint = f"Names close to it: {', '.join(close)}. " if close else ""
+            raise DatasetError(
+                f"A data set must be registered, got {name!r}. {hint}Your own data is registered "
+                "with DATASETS.COCO_INSTANCES or DATASETS.COCO_PANOPTIC."
+            )
     scenes = os.path.join(SCENES_ROOT, "images")
     if any(os.path.dirname(MetadataCatalog.get(n).get("image_root", "")) == scenes for n in names):
         ensure_scenes(SCENES_ROOT)
 
 
-def _check_registered(name: str) -> None:
-    if name in DatasetCatalog:
-        return
-    known = DatasetCatalog.list()
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if f"{name}_separated" in known:
-        close = [f"{name}_separated"]
-    raise DatasetError(
-        f"A data set must be registered, got {name!r}. "
-        + (f"Names close to it: {', '.join(close)}. " if close else "")
-        + "Your own data is registered with DATASETS.COCO_INSTANCES or DATASETS.COCO_PANOPTIC."
-    )
-
-
-def _metadata(path: str, make: Callable[[list, str], dict[str, Any]]) -> dict[str, Any]:
-    return make(read_categories(path), path) if os.path.isfile(path) else {}
+def _metadata(path: str, make: Callable[[list], dict[str, Any]]) -> dict[str, Any]:
+    return make(read_categories(path)) if os.path.isfile(path) else {}
 
 
 def _entries(cfg: CfgNode, key: str, form: type[Definition]) -> list[Definition]:
@@ -170,66 +125,46 @@ def _entries(cfg: CfgNode, key: str, form: type[Definition]) -> list[Definition]
         )
     for entry in entries:
         is_list = isinstance(entry, Sequence) and not isinstance(entry, str)
-        if not is_list or len(entry) != len(form._fields) or not _are_texts(entry):
+        are_texts = is_list and all(isinstance(value, str) and value for value in entry)
+        if not are_texts or len(entry) != len(form._fields):
             raise DatasetError(
                 f"Each entry of DATASETS.{key} must be {len(form._fields)} texts "
                 f"({', '.join(form._fields)}), got {entry!r}. "
                 f"Write {expected}, with the comma that ends a single entry."
             )
-    return [form(entry[0], *(_absolute(path) for path in entry[1:])) for entry in entries]
-
-
-def _are_texts(values: Sequence[object]) -> bool:
-    return all(isinstance(value, str) and value for value in values)
+    return [form(name, *map(_absolute, paths)) for name, *paths in entries]
 
 
 def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def _is_new(name: str, definition: Definition) -> bool:
-    """Whether the name is free; raise if something else has it."""
-    known = _registered.get(name)
-    if known is None and name not in DatasetCatalog:
-        return True
-    if known == definition:
-        return False
-    raise DatasetError(
-        f"A data set's name must be free, got {name!r}, which is registered already"
-        + (f" as {tuple(known)}" if known else "")
-        + ". Choose another name."
-    )
-
-
-def _register_instances(entry: CocoInstances, metadata: dict[str, Any]) -> None:
-    if _is_new(entry.name, entry):
-        register_coco_instances(entry.name, {}, entry.instances_json, entry.image_root)
-        _registered[entry.name] = entry
-    MetadataCatalog.get(entry.name).set(**metadata)
-
-
-def _register_panoptic(entry: CocoPanoptic, metadata: dict[str, Any]) -> None:
-    separated, stuff_only = f"{entry.name}_separated", f"{entry.name}_stuffonly"
-    if all([_is_new(separated, entry), _is_new(stuff_only, entry)]):
-        register_coco_panoptic_separated(
-            entry.name,
-            {},
-            entry.image_root,
-            entry.panoptic_root,
-            entry.panoptic_json,
-            entry.sem_seg_root,
-            entry.instances_json,
-        )
-        # Detectron2's loader takes .jpg images only, demands equal categories in both jsons and
-        # leaves out the panoptic annotation.
-        DatasetCatalog[separated] = partial(load_panoptic, entry)
-        DatasetCatalog[stuff_only] = partial(load_stuff, entry)
-        _registered[separated] = _registered[stuff_only] = entry
-    for name in (separated, stuff_only):
+def _register(entry: Definition, metadata: dict[str, Any]) -> None:
+    """Register an entry unless it is, and set its metadata; raise if its name is taken."""
+    is_panoptic = isinstance(entry, CocoPanoptic)
+    names = [entry.name + end for end in (("_separated", "_stuffonly") if is_panoptic else ("",))]
+    for name in names:
+        if name in DatasetCatalog and _registered.get(name) != entry:
+            known = f" as {tuple(_registered[name])}" if name in _registered else ""
+            raise DatasetError(
+                f"A data set's name must be free, got {name!r}, which is registered already"
+                f"{known}. Choose another name."
+            )
+    if names[0] not in DatasetCatalog:
+        if is_panoptic:
+            register_coco_panoptic_separated(entry.name, {}, *entry[1:])
+            # Detectron2's loader takes .jpg images only, demands equal categories in both jsons and
+            # leaves out the panoptic annotation.
+            DatasetCatalog[names[0]] = partial(load_panoptic, entry)
+            DatasetCatalog[names[1]] = partial(load_panoptic, entry, stuff_only=True)
+        else:
+            register_coco_instances(entry.name, {}, entry.instances_json, entry.image_root)
+        _registered.update(dict.fromkeys(names, entry))
+    for name in names:
         MetadataCatalog.get(name).set(**metadata)
 
 
-def load_panoptic(entry: CocoPanoptic) -> list[dict[str, Any]]:
+def load_panoptic(entry: CocoPanoptic, stuff_only: bool = False) -> list[dict[str, Any]]:
     """Load a panoptic data set: one dict an image of the panoptic json, sorted by image id.
 
     The keys are those of Detectron2's "separated" form (file_name, height, width, image_id,
@@ -238,50 +173,32 @@ def load_panoptic(entry: CocoPanoptic) -> list[dict[str, Any]]:
 
     Args:
         entry: where the files lie.
+        stuff_only: leave out annotations and segments, as Detectron2's "stuffonly" form does.
     """
-    metadata = MetadataCatalog.get(f"{entry.name}_separated")
-    things = metadata.thing_dataset_id_to_contiguous_id
-    instances = {
-        record["image_id"]: record["annotations"]
-        for record in load_coco_json(entry.instances_json, entry.image_root)
-    }
-    content = read_json(entry.panoptic_json)
+    content, instances = read_json(entry.panoptic_json), {}
     images = {image["id"]: image for image in content["images"]}
+    if not stuff_only:
+        metadata = MetadataCatalog.get(f"{entry.name}_separated")
+        things = metadata.thing_dataset_id_to_contiguous_id
+        loaded = load_coco_json(entry.instances_json, entry.image_root)
+        instances = {record["image_id"]: record["annotations"] for record in loaded}
     records = []
     for annotation in sorted(content["annotations"], key=lambda a: a["image_id"]):
-        image_id = annotation["image_id"]
-        annotations = instances.get(image_id, [])
-        for instance in annotations:
-            instance["category_id"] = things[instance["category_id"]]
-        records.append(
-            {
-                **_stuff_record(entry, images[image_id], annotation["file_name"]),
-                "pan_seg_file_name": os.path.join(entry.panoptic_root, annotation["file_name"]),
-                "segments_info": [_contiguous(s, metadata) for s in annotation["segments_info"]],
-                "annotations": annotations,
-            }
-        )
+        image, png = images[annotation["image_id"]], annotation["file_name"]
+        record = {
+            "file_name": os.path.join(entry.image_root, image["file_name"]),
+            "sem_seg_file_name": os.path.join(entry.sem_seg_root, png),
+            **{"image_id": image["id"], "height": image["height"], "width": image["width"]},
+        }
+        if not stuff_only:
+            annotations = instances.get(image["id"], [])
+            for instance in annotations:
+                instance["category_id"] = things[instance["category_id"]]
+            segments = [_contiguous(segment, metadata) for segment in annotation["segments_info"]]
+            record["pan_seg_file_name"] = os.path.join(entry.panoptic_root, png)
+            record |= {"segments_info": segments, "annotations": annotations}
+        records.append(record)
     return records
-
-
-def load_stuff(entry: CocoPanoptic) -> list[dict[str, Any]]:
-    """Load the stuff labels alone of a panoptic data set, as Detectron2's "stuffonly" form."""
-    content = read_json(entry.panoptic_json)
-    images = {image["id"]: image for image in content["images"]}
-    return [
-        _stuff_record(entry, images[annotation["image_id"]], annotation["file_name"])
-        for annotation in sorted(content["annotations"], key=lambda a: a["image_id"])
-    ]
-
-
-def _stuff_record(entry: CocoPanoptic, image: dict[str, Any], png: str) -> dict[str, Any]:
-    return {
-        "file_name": os.path.join(entry.image_root, image["file_name"]),
-        "image_id": image["id"],
-        "height": image["height"],
-        "width": image["width"],
-        "sem_seg_file_name": os.path.join(entry.sem_seg_root, png),
-    }
 
 
 def _contiguous(segment: dict[str, Any], metadata: Any) -> dict[str, Any]:

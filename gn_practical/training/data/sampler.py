@@ -20,8 +20,6 @@ class BatchStream:
     batches in turn the one numbered ``rank``. So what was read and what still waits for its batch
     to be full is the same on every rank, and any number of ranks can go on from it.
 
-    Iterating moves ``position`` and ``pending``; a new iteration goes on from them.
-
     Differences from Detectron2: there each rank groups a stream of its own, after decoding.
 
     Args:
@@ -30,16 +28,8 @@ class BatchStream:
         groups: for each index of the data set the number of its aspect-ratio group, 0 or 1.
         rank: of this process.
         num_ranks: how many share the stream.
-        position: of the next sample to be read.
+        position: of the next sample to be read; iterating moves it and `pending`.
         pending: for each group what was read and is in no batch yet.
-
-    Example:
-        >>> sampler = TrainingSampler(4, shuffle=False, seed=0)
-        >>> stream = BatchStream(sampler, batch_size=2, groups=[0, 1, 0, 1])
-        >>> next(iter(stream)), stream.position, stream.pending
-        ([(0, 0), (2, 2)], 3, [[], [(1, 1)]])
-        >>> next(iter(stream))
-        [(1, 1), (3, 3)]
     """
 
     sampler: TrainingSampler | RepeatFactorTrainingSampler

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +39,12 @@ CATEGORIES = [
 
 
 def ensure_scenes(
-    root: str | os.PathLike,
-    num_images: dict[str, int] | None = None,
-    size: int = IMAGE_SIZE,
+    root: str | os.PathLike, num_images: dict[str, int] | None = None, size: int = IMAGE_SIZE
 ) -> None:
     """Make the scenes under `root`, unless they are there, whole and of this version.
 
     The files are written to a folder beside `root` that takes its name when it is whole. In a
     distributed run every rank must call this; one rank of each machine draws, the others wait.
-    Takes about ten seconds.
 
     Args:
         root: folder of the data set.
@@ -57,9 +53,6 @@ def ensure_scenes(
 
     Raises:
         DatasetError: if `root` cannot be written; on all ranks.
-
-    Example:
-        >>> ensure_scenes("datasets/scenes")  # doctest: +SKIP
     """
     with raise_on_all_ranks(DatasetError):
         if comm.get_local_rank() == 0:
@@ -90,7 +83,8 @@ def _ensure_scenes(root: Path, num_images: dict[str, int], size: int) -> None:
             *(count, count * _BYTES_PER_PIXEL * size**2 / 1e6, root.absolute()),
         )
         _write_scenes(unfinished, num_images, size)
-        files = {str(p.relative_to(unfinished)): p.stat().st_size for p in _files(unfinished)}
+        paths = [path for path in sorted(unfinished.rglob("*")) if path.is_file()]
+        files = {str(path.relative_to(unfinished)): path.stat().st_size for path in paths}
         (unfinished / "version.json").write_text(json.dumps({**wanted, "files": files}))
         _replace(root, unfinished)
 
@@ -121,46 +115,48 @@ def _is_whole(root: Path, wanted: dict[str, Any]) -> bool:
     return sizes_agree and found == wanted
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
-
-
 def _write_scenes(root: Path, num_images: dict[str, int], size: int) -> None:
-    total = sum(num_images.values())
+    total, kinds = sum(num_images.values()), ("images/", "panoptic_", "panoptic_stuff_")
     with tqdm(total=total, desc="Drawing the scenes", unit="image", disable=None) as progress:
         for split_index, (split, count) in enumerate(num_images.items()):
-            for folder in ("images/", "panoptic_", "panoptic_stuff_"):
-                (root / f"{folder}{split}").mkdir(parents=True)
+            folders = [root / f"{kind}{split}" for kind in kinds]
+            for folder in folders:
+                folder.mkdir(parents=True)
             images, panoptic, instances = [], [], []
-            for index in range(count):
+            for number in range(1, count + 1):
                 # A seed of its own for every image: no image depends on how many there are.
-                rng = np.random.default_rng([_SEED, split_index, index])
+                rng = np.random.default_rng([_SEED, split_index, number - 1])
                 pixels, segments = draw_scene(rng, size)
-                stem = f"{index + 1:06d}"
-                image = {"id": index + 1, "file_name": f"{stem}.jpg", "width": size, "height": size}
-                images.append(image)
-                panoptic.append(_write_image(root, split, image, pixels, segments))
-                instances += _instances(image["id"], segments, first_id=len(instances) + 1)
+                name = f"{number:06d}.jpg"
+                images.append({"id": number, "file_name": name, "width": size, "height": size})
+                panoptic.append(_write_image(folders, number, pixels, segments))
+                for thing in (segment for segment in segments if segment.is_thing):
+                    ids = {"id": len(instances) + 1, "image_id": number}
+                    instances.append({**ids, **_describe(thing), **mask_annotation(thing.mask)})
                 progress.update()
-            _write_jsons(root, split, images, panoptic, instances)
+            things = [category for category in CATEGORIES if category["isthing"]]
+            lists = {"panoptic": (panoptic, CATEGORIES), "instances": (instances, things)}
+            for name, (annotations, categories) in lists.items():
+                content = {"images": images, "annotations": annotations, "categories": categories}
+                (root / f"{name}_{split}.json").write_text(json.dumps(content))
 
 
 def _write_image(
-    root: Path, split: str, image: dict[str, Any], pixels: np.ndarray, segments: list[Segment]
+    folders: list[Path], number: int, pixels: np.ndarray, segments: list[Segment]
 ) -> dict[str, Any]:
     """Write the three files of an image; return its panoptic annotation."""
     ids = np.zeros(pixels.shape[:2], np.uint32)
     labels = np.full(pixels.shape[:2], VOID, np.uint8)
     infos = []
-    for number, segment in enumerate(segments, start=1):
-        ids[segment.mask] = number * _ID_STEP
+    for position, segment in enumerate(segments, start=1):
+        ids[segment.mask] = position * _ID_STEP
         labels[segment.mask] = 0 if segment.is_thing else segment.class_index + 1
-        infos.append({"id": number * _ID_STEP, **_describe(segment)})
-    png = image["file_name"].replace(".jpg", ".png")
-    Image.fromarray(pixels).save(root / "images" / split / image["file_name"], quality=95)
-    Image.fromarray(id_to_rgb(ids)).save(root / f"panoptic_{split}" / png)
-    Image.fromarray(labels).save(root / f"panoptic_stuff_{split}" / png)
-    return {"image_id": image["id"], "file_name": png, "segments_info": infos}
+        infos.append({"id": position * _ID_STEP, **_describe(segment)})
+    images, panoptic, stuff = (folder / f"{number:06d}" for folder in folders)
+    Image.fromarray(pixels).save(images.with_suffix(".jpg"), quality=95)
+    Image.fromarray(id_to_rgb(ids)).save(panoptic.with_suffix(".png"))
+    Image.fromarray(labels).save(stuff.with_suffix(".png"))
+    return {"image_id": number, "file_name": f"{number:06d}.png", "segments_info": infos}
 
 
 def _describe(segment: Segment) -> dict[str, Any]:
@@ -170,27 +166,3 @@ def _describe(segment: Segment) -> dict[str, Any]:
         "bbox": mask_box(segment.mask),
         "iscrowd": 0,
     }
-
-
-def _instances(image_id: int, segments: list[Segment], first_id: int) -> list[dict[str, Any]]:
-    things = [segment for segment in segments if segment.is_thing]
-    return [
-        {"id": number, "image_id": image_id, **_describe(thing), **mask_annotation(thing.mask)}
-        for number, thing in enumerate(things, start=first_id)
-    ]
-
-
-def _write_jsons(
-    root: Path,
-    split: str,
-    images: list[dict[str, Any]],
-    panoptic: list[dict[str, Any]],
-    instances: list[dict[str, Any]],
-) -> None:
-    things = [category for category in CATEGORIES if category["isthing"]]
-    for name, annotations, categories in (
-        ("panoptic", panoptic, CATEGORIES),
-        ("instances", instances, things),
-    ):
-        content = {"images": images, "annotations": annotations, "categories": categories}
-        (root / f"{name}_{split}.json").write_text(json.dumps(content))

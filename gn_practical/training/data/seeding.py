@@ -23,13 +23,6 @@ def seed_all(*key: int | str) -> None:
 
     Args:
         key: what makes this place in the run unlike any other, such as seed, rank and iteration.
-
-    Example:
-        >>> seed_all(7, "step", 0, 100)
-        >>> first = torch.rand(1)
-        >>> seed_all(7, "step", 0, 100)
-        >>> bool(first == torch.rand(1))
-        True
     """
     _seed_cpu(key)
     if torch.cuda.is_initialized():  # torch.manual_seed asks for it in a slow way

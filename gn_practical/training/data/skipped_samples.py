@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import portalocker
@@ -19,36 +20,25 @@ class SkippedSamples:
     Args:
         path: the file, of one line of JSON an image: file_name, image_id, reason.
         limit: images that may be skipped.
-
-    Example:
-        >>> import tempfile
-        >>> samples = SkippedSamples(os.path.join(tempfile.mkdtemp(), "skipped.json"), limit=1)
-        >>> samples.add({"file_name": "a.jpg", "image_id": 3}, "a.jpg must exist.")
-        >>> [sample["file_name"] for sample in samples.read()]
-        ['a.jpg']
     """
 
     def __init__(self, path: str, limit: int) -> None:
-        self.path = path
-        self.limit = limit
+        self.path, self.limit = path, limit
 
     def add(self, sample: dict[str, Any], reason: str) -> None:
-        """Count an image that is new in the list.
-
-        Args:
-            sample: of Detectron2's format.
-            reason: what is wrong with it.
+        """Count an image, in Detectron2's format, that is new in the list.
 
         Raises:
             DatasetError: if there are more than the limit.
         """
-        entry = {"file_name": sample.get("file_name"), "image_id": sample.get("image_id")}
+        name, image_id = sample.get("file_name"), sample.get("image_id")
         with portalocker.Lock(self.path, "a+", timeout=60) as file:
             file.seek(0)
             known = [json.loads(line)["file_name"] for line in file]
-            if entry["file_name"] not in known:
-                known.append(entry["file_name"])
-                file.write(json.dumps({**entry, "reason": reason}) + "\n")
+            if name not in known:
+                known.append(name)
+                entry = {"file_name": name, "image_id": image_id, "reason": reason}
+                file.write(json.dumps(entry) + "\n")
                 logging.getLogger(__name__).warning(
                     "Skipped image %d of DATALOADER.MAX_SKIPPED_SAMPLES=%d: %s",
                     *(len(known), self.limit, reason),
@@ -70,15 +60,10 @@ class SkippedSamples:
 
     def forget(self) -> None:
         """Remove the list."""
-        if os.path.isfile(self.path):
-            os.remove(self.path)
+        Path(self.path).unlink(missing_ok=True)
 
 
 def skipped_samples(cfg: Any) -> SkippedSamples:
-    """Return the list of a run: ``OUTPUT_DIR/skipped_samples.json``.
-
-    Args:
-        cfg: with ``DATALOADER.MAX_SKIPPED_SAMPLES``; 0 if it has no such key.
-    """
+    """Return the list of a run, with ``DATALOADER.MAX_SKIPPED_SAMPLES``, 0 without such a key."""
     path = os.path.join(cfg.OUTPUT_DIR, "skipped_samples.json")
     return SkippedSamples(path, cfg.DATALOADER.get("MAX_SKIPPED_SAMPLES", 0))

@@ -4,11 +4,9 @@ from gn_practical.training.validation.clean import write_clean
 from gn_practical.training.validation.findings import REASONS, Fault
 from gn_practical.training.validation.instances import InstancesTarget
 from gn_practical.training.validation.panoptic import PanopticTarget
-from gn_practical.training.validation.records import RecordsTarget
-from gn_practical.training.validation.report import Report, check_ending
-from gn_practical.training.validation.run import validate
+from gn_practical.training.validation.report import Report, check_ending, validate
 from gn_practical.training.validation.start import check_datasets
-from gn_practical.training.validation.targets import targets_of
+from gn_practical.training.validation.targets import RecordsTarget, targets_of
 
 __all__ = [
     "REASONS",

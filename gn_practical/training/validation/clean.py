@@ -5,20 +5,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from gn_practical.training.atomic import refuse_overwriting, write_json
-from gn_practical.training.data.coco_format import read_json
-from gn_practical.training.data.errors import DatasetError
-from gn_practical.training.validation.findings import ERROR, Fault
-from gn_practical.training.validation.images import is_id
+from gn_practical.training.data.coco_format import is_id, read_json
+from gn_practical.training.data.errors import writing
+from gn_practical.training.validation.findings import ERROR, Entry, Fault
 
 
 class Removed(NamedTuple):
-    """What a clean json lacks.
-
-    Attributes:
-        images: number of images.
-        annotations: number of annotations, those of the images with them.
-        kept: errors that no removal corrects, such as those of the categories.
-    """
+    """Numbers of images and annotations that a clean json lacks, and of errors that remain."""
 
     images: int
     annotations: int
@@ -33,7 +26,7 @@ def write_clean(source: str, faults: Sequence[Fault], output: str | os.PathLike)
 
     Args:
         source: the json.
-        faults: those of this json; others are left out of account.
+        faults: those of other jsons are left out of account.
         output: the json to write.
 
     Raises:
@@ -41,43 +34,26 @@ def write_clean(source: str, faults: Sequence[Fault], output: str | os.PathLike)
     """
     entries = {fault.entry for fault in faults if fault.json == source and fault.severity == ERROR}
     content = read_json(source)
-    removed = remove_entries(content, entries)
-    try:
+    removed = _remove(content, entries)
+    with writing(output):
         refuse_overwriting([output], [source, *(fault.json for fault in faults)])
         write_json(output, content)
-    except OSError as error:
-        raise DatasetError(f"{output} must be writable, got: {error}.") from None
     return removed
 
 
-def remove_entries(content: dict[str, Any], entries: set[tuple[str | int, ...]]) -> Removed:
-    """Remove parts of a COCO json in place; see `write_clean`.
-
-    Args:
-        content: the json.
-        entries: the keys and indices that lead to each part.
-    """
-    before = len(content["images"]), len(content["annotations"])
-    at_fault = {entry[1] for entry in entries if entry[:1] == ("images",)}
-    gone = [content["images"][index] for index in at_fault]
-    content["images"] = _without(content["images"], at_fault)
-    _remove_segments(content["annotations"], entries)
-    at_fault = {e[1] for e in entries if e[:1] == ("annotations",) and len(e) == 2}
-    rest = _without(content["annotations"], at_fault)
-    left = {image["id"] for image in content["images"]}
-    lost = {image["id"] for image in gone if isinstance(image, dict) and is_id(image.get("id"))}
-    lost -= left
-    content["annotations"] = [a for a in rest if a["image_id"] not in lost]
-    kept = sum(entry[:1] not in (("images",), ("annotations",)) for entry in entries)
-    after = len(content["images"]), len(content["annotations"])
-    return Removed(before[0] - after[0], before[1] - after[1], kept)
-
-
-def _remove_segments(annotations: list[Any], entries: set[tuple[str | int, ...]]) -> None:
-    for entry in sorted((e for e in entries if len(e) == 4), reverse=True):
-        _, index, key, position = entry
+def _remove(content: dict[str, Any], entries: set[Entry]) -> Removed:
+    """Remove parts of a COCO json in place."""
+    images, annotations = content["images"], content["annotations"]
+    for _, index, key, position in sorted((e for e in entries if len(e) == 4), reverse=True):
         del annotations[index][key][position]
-
-
-def _without(values: Sequence[Any], indices: set[int]) -> list[Any]:
-    return [value for index, value in enumerate(values) if index not in indices]
+    content["images"] = [image for i, image in enumerate(images) if ("images", i) not in entries]
+    gone = [image for i, image in enumerate(images) if ("images", i) in entries]
+    lost = {image["id"] for image in gone if isinstance(image, dict) and is_id(image.get("id"))}
+    lost -= {image["id"] for image in content["images"]}
+    rest = [a for i, a in enumerate(annotations) if ("annotations", i) not in entries]
+    content["annotations"] = [a for a in rest if a["image_id"] not in lost]
+    return Removed(
+        len(images) - len(content["images"]),
+        len(annotations) - len(content["annotations"]),
+        sum(entry[:1] not in (("images",), ("annotations",)) for entry in entries),
+    )

@@ -1,10 +1,9 @@
 """Whole decoding of image files, as Detectron2 reads them, with the reason where it fails."""
 
-import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -19,13 +18,10 @@ _ORIENTATION = 274  # the tag of EXIF
 
 
 class Decoded(NamedTuple):
-    """What a file turned out to be.
+    """What a file turned out to be: its size after and before EXIF rotation, and what is wrong.
 
-    Attributes:
-        size: width and height after EXIF rotation; None if it cannot be decoded.
-        stored_size: the same before EXIF rotation.
-        state: what is wrong with it, "missing", "truncated" and so on; empty if nothing is.
-        detail: of `state`, in words.
+    The sizes are None if it cannot be decoded; `state` is "missing", "truncated" and so on, empty
+    if nothing is wrong, and `detail` says it in words.
     """
 
     size: Size | None = None
@@ -33,14 +29,20 @@ class Decoded(NamedTuple):
     state: str = ""
     detail: str = ""
 
+    def findings(self, what: str, sizes: Sequence[Size]) -> Iterator[tuple[str, str]]:
+        """Yield reason and detail of what is wrong; one of `sizes`, if there are, is expected."""
+        if self.state:
+            yield f"{what} {self.state}", self.detail
+        if sizes and self.size not in (None, *sizes):
+            stated = f"{sizes[0][0]}x{sizes[0][1]}"
+            text = f"the file has {self.size[0]}x{self.size[1]}, the json {stated}"
+            if self.stored_size == sizes[0]:
+                text += ", which is the size before the rotation that the file's EXIF orders"
+            yield f"{what} of another size", text
+
 
 def decode_file(path: str) -> Decoded:
-    """Decode an image file to its last pixel, and check what no decoder raises for.
-
-    Any format and mode that Detectron2 can convert to RGB is sound.
-
-    Args:
-        path: the file.
+    """Decode an image file; see `read_pixels`.
 
     Example:
         >>> decode_file("no.jpg").state
@@ -50,14 +52,10 @@ def decode_file(path: str) -> Decoded:
 
 
 def read_pixels(path: str, mode: str) -> tuple[Decoded, np.ndarray | None]:
-    """Decode an image file; see `decode_file`.
+    """Decode an image file to its last pixel, and check what no decoder raises for.
 
-    Args:
-        path: the file.
-        mode: a mode of Pillow.
-
-    Returns:
-        What it is, and its pixels as Detectron2's ``read_image`` gives them, None if it cannot.
+    Any format and mode that Detectron2 can convert to `mode` is sound. The pixels are those of its
+    ``read_image``, None if it has none.
     """
     try:
         path = PathManager.get_local_path(path)
@@ -105,23 +103,17 @@ def _jpeg_damage(path: str) -> tuple[str, str]:
 
     OpenCV lets libjpeg write to the standard error; decoding an eighth of the size reads all data.
     """
-    with _standard_error() as said:
-        cv2.imread(path, cv2.IMREAD_REDUCED_GRAYSCALE_8)
-        text = said()
-    damage = re.search(r"Corrupt JPEG data: (.*)|Premature end of JPEG.*", text)
-    if damage is None:
-        return "", ""
-    return "with stray bytes" if "extraneous" in damage[0] else "corrupt", damage[0]
-
-
-@contextlib.contextmanager
-def _standard_error() -> Iterator:
-    """Catch what C libraries write to the standard error."""
     with tempfile.TemporaryFile() as file:
         saved = os.dup(2)
         os.dup2(file.fileno(), 2)
         try:
-            yield lambda: (file.seek(0), file.read().decode(errors="replace"))[1]
+            cv2.imread(path, cv2.IMREAD_REDUCED_GRAYSCALE_8)
         finally:
             os.dup2(saved, 2)
             os.close(saved)
+        file.seek(0)
+        text = file.read().decode(errors="replace")
+    damage = re.search(r"Corrupt JPEG data: (.*)|Premature end of JPEG.*", text)
+    if damage is None:
+        return "", ""
+    return "with stray bytes" if "extraneous" in damage[0] else "corrupt", damage[0]

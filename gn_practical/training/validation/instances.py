@@ -1,169 +1,123 @@
 """Faults of a json of instances."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gn_practical.training.validation.annotations import (
-    TOLERANCE,
-    Expected,
-    Size,
-    check_instance,
-)
-from gn_practical.training.validation.findings import Fault, Finding, Findings
-from gn_practical.training.validation.images import (
-    Images,
-    Names,
-    Session,
-    category_ids,
-    check_lists,
-    is_id,
-    lacking_keys,
-    repeated,
-    sound_categories,
-)
+from gn_practical.training.data.coco_format import ANYTHING, FLAG, ID, NUMBER, repeated
+from gn_practical.training.validation.annotations import boxes_of, check_instances
+from gn_practical.training.validation.coco import Coco, Names, Session, Sound, split
+from gn_practical.training.validation.findings import Fault
+from gn_practical.training.validation.masks import TOLERANCE
 
-Task = tuple[int, dict[str, Any], Sequence[Size]]  # index, annotation, sizes of its image
+_AT_ONCE = 50_000  # annotations whose numbers are in memory together
+_NEEDED = {"id": ID, "image_id": ID, "category_id": ID, "bbox": ANYTHING}
+_OPTIONAL = {
+    "iscrowd": FLAG,  # Detectron2 leaves crowds (1) out, stops at what is ignored, and counts on 0
+    "ignore": (lambda value: value == 0, "0: Detectron2 refuses others"),
+    "area": NUMBER,
+}
 
 
 class InstancesTarget(NamedTuple):
-    """A json of instances with its images.
-
-    Attributes:
-        json: path of the json.
-        image_root: folder of the images; None to check the json alone.
-        names: id and name of the categories; by default those of the json.
-        masks: whether every instance needs a mask; None if it does where others have one.
-        area: whether every instance needs its area.
-        rle: whether masks that are trained on may be RLE.
-        trains: whether an instance is needed to train on.
-    """
+    """A json of instances with its images."""
 
     json: str
-    image_root: str | None = None
-    names: Names | None = None
-    masks: bool | None = None
-    area: bool = False
-    rle: bool = True
-    trains: bool = False
+    image_root: str | None = None  # None to check the json alone
+    names: Names | None = None  # id and name of the categories; by default those of the json
+    masks: bool | None = None  # whether every instance needs a mask; None: where others have one
+    area: bool = False  # whether every instance needs its area
+    rle: bool = True  # whether masks that are trained on may be RLE
+    trains: bool = False  # whether an instance is needed to train on
 
     def check(self, session: Session) -> Iterator[Fault]:
         """Yield all faults.
 
-        Args:
-            session: what the targets of one validation share.
-
         Raises:
             DatasetError: if the json is missing or no json.
         """
-        opened = yield from check_lists(self.json, self.image_root, self.names, session)
-        if not opened:
+        coco = Coco(self.json, self.image_root, self.names)
+        if not (yield from coco.check(session)):
             return
-        content, images = opened
-        sound, tasks = {}, []
-        for index, annotation in enumerate(content["annotations"]):
-            if problem := _malformed(annotation):
-                yield self._fault(images, "annotation malformed", index, annotation, problem)
-                continue
-            sound[index] = annotation
-            if annotation["image_id"] in images.by_id:
-                tasks.append((index, annotation, images.sizes[annotation["image_id"]]))
-        for reason, index, detail in _check_list(sound, images):
-            yield self._fault(images, reason, index, sound[index], detail)
-        for reason, detail in self._check_together(tasks):
+        sound, wrong = split(coco.annotations, _NEEDED, _OPTIONAL)
+        found = [("annotation malformed", index, detail) for index, detail in wrong.items()]
+        found += _check_list(sound, coco)
+        for reason, index, detail in found:
+            yield _fault(coco, reason, index, detail)
+        known = [index for index, a in sound.items() if a["image_id"] in coco.by_id]
+        annotations = [sound[index] for index in known]
+        sizes = np.array([coco.sizes[a["image_id"]] for a in annotations]).reshape(-1, 2, 2)
+        for reason, detail in self._check_together(annotations, sizes):
             yield Fault(reason, self.json, detail=detail)
-        check = partial(_check_task, expected=self._expected(content, session.decode))
-        title = f"Annotations of {os.path.basename(self.json)}"
-        results = session.pool.map(check, tasks, title, 512)
-        for (index, annotation, _), findings in zip(tasks, results, strict=True):
-            for reason, detail in findings:
-                yield self._fault(images, reason, index, annotation, detail)
+        asked = (coco.category_ids, _num_keypoints(coco), self._needs_mask(coco), self.area)
+        for start in range(0, len(known), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            for index, reason, detail in check_instances(annotations[part], sizes[part], *asked):
+                yield _fault(coco, reason, known[start + index], detail)
 
-    def _check_together(self, tasks: Sequence[Task]) -> Findings:
+    def _needs_mask(self, coco: Coco) -> bool:
+        if self.masks is not None:
+            return self.masks
+        return any(a.get("segmentation") for a in coco.annotations if isinstance(a, Mapping))
+
+    def _check_together(
+        self, annotations: Sequence[dict[str, Any]], sizes: np.ndarray
+    ) -> Iterator[tuple[str, str]]:
         """Yield what only a look at all annotations shows."""
-        singles = [annotation for _, annotation, _ in tasks if not annotation.get("iscrowd", 0)]
+        singles = [annotation for annotation in annotations if not annotation.get("iscrowd", 0)]
         if self.trains and not singles:
             yield "nothing to train on", "no image has an instance that is no crowd"
-        elif tasks and not singles:
-            yield "crowds alone", f"all {len(tasks)} instances are crowds: AP is of no instance"
+        elif annotations and not singles:
+            detail = f"all {len(annotations)} instances are crowds: AP is of no instance"
+            yield "crowds alone", detail
         if not self.rle and (rle := sum(isinstance(a.get("segmentation"), dict) for a in singles)):
             yield "RLE but no bitmask", f"{rle} masks that INPUT.MASK_FORMAT 'polygon' cannot hold"
-        if tasks:
-            yield from _check_boxes(tasks)
-
-    def _expected(self, content: dict[str, Any], compare: bool) -> Expected:
-        keypoints = {
-            category["id"]: len(category["keypoints"])
-            for category in sound_categories(content)
-            if isinstance(category.get("keypoints"), list)
-        }
-        masks = self.masks
-        if masks is None:
-            annotations = content["annotations"]
-            masks = any(isinstance(a, dict) and a.get("segmentation") for a in annotations)
-        known = category_ids(content, self.names)
-        return Expected(known, keypoints, masks, self.area, compare)
-
-    def _fault(
-        self, images: Images, reason: str, index: int, annotation: object, detail: str
-    ) -> Fault:
-        values = annotation if isinstance(annotation, Mapping) else {}
-        image_id = values.get("image_id")
-        place = (("annotations", index), images.file(image_id), image_id, values.get("id"))
-        return Fault(reason, self.json, *place, detail)
+        if annotations:
+            yield from _check_form(boxes_of(annotations), sizes[:, 1] + TOLERANCE)
 
 
-def _check_task(task: Task, expected: Expected) -> list[Finding]:
-    _, annotation, sizes = task
-    return list(check_instance(annotation, sizes, expected))
+def _num_keypoints(coco: Coco) -> dict[int, int]:
+    lists = {category["id"]: category.get("keypoints") for category in coco.categories}
+    return {key: len(names) for key, names in lists.items() if isinstance(names, list)}
 
 
-def _malformed(annotation: object) -> str:
-    if lacking := lacking_keys(annotation, "id", "image_id", "category_id", "bbox"):
-        return lacking
-    wrong = [key for key in ("id", "image_id", "category_id") if not is_id(annotation[key])]
-    return ", ".join(f"{key}={annotation[key]!r}" for key in wrong)
+def _fault(coco: Coco, reason: str, index: int, detail: str) -> Fault:
+    annotation = coco.annotations[index]
+    values = annotation if isinstance(annotation, Mapping) else {}
+    image_id = values.get("image_id")
+    place = (("annotations", index), coco.file(image_id), image_id, values.get("id"))
+    return Fault(reason, coco.path, *place, detail)
 
 
-def _check_list(
-    annotations: Mapping[int, dict[str, Any]], images: Images
-) -> Iterator[tuple[str, int, str]]:
+def _check_list(annotations: Sound, coco: Coco) -> Iterator[tuple[str, int, str]]:
     """Yield what one annotation is among the others: of no image, or there already."""
     for index, annotation in annotations.items():
+        image_id = annotation["image_id"]
         if annotation["id"] == 0:
             yield "annotation id is 0", index, "pycocotools counts its match as none"
-        if images.lacks(annotation["image_id"]):
-            image_id = annotation["image_id"]
+        if coco.lacks(image_id):
             yield "annotation of unknown image", index, f"{image_id=} is not among the images"
     twice = set(repeated({index: annotation["id"] for index, annotation in annotations.items()}))
-    yield from (("annotation id twice", index, "an earlier one has it") for index in twice)
+    yield from (("annotation id twice", index, "an earlier one has it") for index in sorted(twice))
     first: dict[tuple, dict[str, Any]] = {}
     for index, annotation in annotations.items():
         key = (annotation["image_id"], annotation["category_id"], str(annotation["bbox"]))
         earlier = first.setdefault(key, annotation)
-        parts = ("segmentation", "keypoints")
-        alike = all(earlier.get(part) == annotation.get(part) for part in parts)
-        if alike and earlier is not annotation and index not in twice:
+        if earlier is annotation or index in twice:
+            continue
+        if all(earlier.get(part) == annotation.get(part) for part in ("segmentation", "keypoints")):
             yield "annotation repeated", index, "an earlier one is of the same class, box and mask"
 
 
-def _check_boxes(tasks: Sequence[Task]) -> Findings:
-    """Yield what all boxes together show: that they are in another form."""
-    try:
-        boxes = np.array([annotation["bbox"] for _, annotation, _ in tasks], float)
-        x, y, right, bottom = boxes.T
-    except (TypeError, ValueError, OverflowError):  # malformed, which is told of each
+def _check_form(boxes: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[str, str]]:
+    """Yield in which other form than x, y, width, height all boxes are."""
+    if not np.isfinite(boxes).all():  # which is told of each
         return
-    width, height = np.array([sizes[-1] for _, _, sizes in tasks], float).T + TOLERANCE
-    if not np.isfinite(boxes).all():
-        return
-    if boxes.max() <= 1 and (boxes % 1).any() and min(width.min(), height.min()) > 2 + TOLERANCE:
+    if boxes.max() <= 1 and (boxes % 1).any() and sizes.min() > 2 + TOLERANCE:
         yield "boxes between 0 and 1", f"all {len(boxes)}: bbox must be in pixels"
-    beyond = (x + right > width) | (y + bottom > height)
-    corners = (right > x) & (bottom > y) & (right <= width) & (bottom <= height)
-    if beyond.any() and corners.all():
+    low, high = boxes[:, :2], boxes[:, 2:]
+    beyond = (low + high > sizes).any(axis=1)
+    if beyond.any() and ((high > low) & (high <= sizes)).all():
         detail = f"{beyond.sum()} of {len(boxes)} reach beyond their images as x, y, width, height,"
         yield "boxes of corners", f"{detail} and none as x1, y1, x2, y2"

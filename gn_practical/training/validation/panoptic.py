@@ -8,287 +8,252 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gn_practical.training.data.coco_format import (
+    FILE_NAME,
+    FLAG,
+    ID,
+    LIST,
     VOID,
+    WHOLE,
+    Kind,
+    is_number,
+    repeated,
     rgb_to_id,
     stuff_labels,
 )
 from gn_practical.training.data.errors import DatasetError
-from gn_practical.training.validation.annotations import Size
-from gn_practical.training.validation.files import Decoded, read_pixels
+from gn_practical.training.validation.coco import Coco, Names, Session, Sound, split
+from gn_practical.training.validation.files import Size, read_pixels
 from gn_practical.training.validation.findings import Fault
-from gn_practical.training.validation.images import (
-    Images,
-    Names,
-    Session,
-    category_ids,
-    check_lists,
-    describe_size,
-    is_file_name,
-    is_id,
-    lacking_keys,
-    repeated,
-    sound_categories,
-)
 
 TOLERANCE = 1  # pixels of a segment's area and of each side of its box
 _LISTED = 10  # ids of one PNG that the json lacks; more are one fault
 _OTHER_LABELS = 0.01  # share of a stuff PNG's pixels that may disagree with the panoptic PNG
 _LOOKED_AT = 4  # stuff PNGs whose labels are read where files are not decoded
 
+_ANNOTATION = {"image_id": ID, "file_name": FILE_NAME, "segments_info": LIST}
+_SEGMENT = {"id": WHOLE, "category_id": ID}
+_AREA: Kind = (
+    lambda value: is_number(value) and 0 <= value < float("inf"),
+    "a finite number from 0 on",  # PQ takes the json's area
+)
+
 Box = tuple[int, int, int, int]  # x, y, width, height
-Part = tuple[str, tuple[str | int, ...], Any, str]  # reason, rest of the entry, segment id, detail
-Segments = Mapping[int, tuple[int, dict[str, Any]]]  # position and segment, by id
+Labels = dict[int, int]  # in stuff PNGs, by category id
+Segments = dict[int, tuple[int, dict[str, Any]]]  # position and segment, by id
+
+
+class Annotation(NamedTuple):
+    """One annotation with its index, the sizes of its image, and its sound segments."""
+
+    index: int
+    entry: dict[str, Any]
+    sizes: Sequence[Size]
+    segments: Segments
 
 
 class PanopticTarget(NamedTuple):
-    """A panoptic json with its PNGs and, if given, images and PNGs of stuff labels.
-
-    Attributes:
-        json: path of the json.
-        png_root: folder of the panoptic PNGs.
-        image_root: folder of the images; None to leave them out.
-        names: id and name of the categories; by default those of the json.
-        stuff_root: folder of the PNGs of stuff labels; None to leave them out.
-        files: False to check the json alone.
-        instances_json: of the same images; compared if it was checked before.
-        area: whether every segment needs its area, as PQ does.
-    """
+    """A panoptic json with its PNGs and, if given, images and PNGs of stuff labels."""
 
     json: str
     png_root: str
-    image_root: str | None = None
-    names: Names | None = None
-    stuff_root: str | None = None
-    files: bool = True
-    instances_json: str | None = None
-    area: bool = True
+    image_root: str | None = None  # None to leave the images out
+    names: Names | None = None  # id and name of the categories; by default those of the json
+    stuff_root: str | None = None  # None to leave the PNGs of stuff labels out
+    files: bool = True  # False to check the json alone
+    instances_json: str | None = None  # of the same images; compared if it was checked before
+    area: bool = True  # whether every segment needs its area, as PQ does
 
     def check(self, session: Session) -> Iterator[Fault]:
         """Yield all faults; see `InstancesTarget.check`."""
-        opened = yield from check_lists(self.json, self.image_root, self.names, session)
-        if not opened:
+        coco = Coco(self.json, self.image_root, self.names)
+        if not (yield from coco.check(session)):
             return
-        content, images = opened
         labels = None
         try:
-            labels = stuff_labels(sound_categories(content), self.json)
+            labels = stuff_labels(coco.categories, self.json)
         except DatasetError as error:
             yield Fault("category malformed", self.json, detail=str(error))
-        sound = {}
-        for index, annotation in enumerate(content["annotations"]):
-            if problem := _malformed(annotation):
-                yield self._fault("annotation malformed", index, annotation, detail=problem)
-            else:
-                sound[index] = annotation
-        yield from self._check_images(sound, images, session.images.get(self.instances_json))
-        if self.files and not session.decode:
+        sound, wrong = split(coco.annotations, _ANNOTATION)
+        for index, problem in wrong.items():
+            yield self._fault("annotation malformed", index, coco.annotations[index], problem)
+        yield from self._check_images(sound, coco, session.images.get(self.instances_json))
+        known = []
+        for index, entry in sound.items():
+            if entry["image_id"] in coco.by_id:
+                segments = yield from self._check_segments(index, entry, coco.category_ids)
+                known.append(Annotation(index, entry, coco.sizes[entry["image_id"]], segments))
+        if self.files and session.pool is None:
             yield from self._check_present(sound, session)
-        known = [index for index, a in sound.items() if a["image_id"] in images.by_id]
-        looks = self._looks(session.decode, len(known))
-        tasks = [
-            (sound[index], images.sizes[sound[index]["image_id"]], look)
-            for index, look in zip(known, looks, strict=True)
-        ]
-        ids = category_ids(content, self.names)
-        check = partial(_check_task, target=self, known=ids, labels=labels)
-        title = f"Panoptic PNGs of {os.path.basename(self.json)}"
-        for index, parts in zip(known, session.pool.map(check, tasks, title, 16), strict=True):
-            for reason, rest, segment_id, detail in parts:
-                yield self._fault(reason, index, sound[index], rest, segment_id, detail)
-
-    def _looks(self, decode: bool, count: int) -> list[str]:
-        """Say of each annotation which PNGs to read: all, or the labels of the first few."""
-        if not self.files:
-            return [""] * count
-        few = min(count, _LOOKED_AT)
-        return ["all"] * count if decode else ["labels"] * few + [""] * (count - few)
+            for annotation in known[: _LOOKED_AT if self.stuff_root else 0]:
+                found = self._check_stuff_png(annotation, labels, None)
+                yield from (fault for fault in found if fault.reason == "stuff PNG label unknown")
+        elif self.files:
+            check = partial(_check_pngs, target=self, labels=labels)
+            title = f"Panoptic PNGs of {os.path.basename(self.json)}"
+            for faults in session.pool.map(check, known, title, 16):
+                yield from faults
 
     def _check_images(
-        self, sound: Mapping[int, dict[str, Any]], images: Images, others: dict[Any, str] | None
+        self, sound: Sound, coco: Coco, others: dict[Any, str] | None
     ) -> Iterator[Fault]:
         """Compare the images that are annotated with those listed, here and in the other json."""
         for index in repeated({index: a["image_id"] for index, a in sound.items()}):
             detail = "an earlier one is of the same image"
-            yield self._fault("panoptic annotation twice", index, sound[index], detail=detail)
+            yield self._fault("panoptic annotation twice", index, sound[index], detail)
         annotated = {annotation["image_id"]: index for index, annotation in sound.items()}
         for image_id, index in annotated.items():
-            if images.lacks(image_id):
+            if coco.lacks(image_id):
                 detail = f"{image_id=} is not among the images"
                 reason = "panoptic annotation of unknown image"
-                yield self._fault(reason, index, sound[index], detail=detail)
-        for image_id in images.by_id:
+                yield self._fault(reason, index, sound[index], detail)
+        for image_id in coco.by_id:
             if image_id not in annotated:
                 detail = "no annotation has its id: it is neither trained nor tested on"
-                yield self._image_fault("image without annotation", images, image_id, detail)
+                yield self._image_fault("image without annotation", coco, image_id, detail)
         if others is None:
             return
         for image_id in [key for key in annotated if key not in others]:
             detail = f"{self.instances_json} does not list it"
-            yield self._image_fault("images differ", images, image_id, detail)
+            yield self._image_fault("images differ", coco, image_id, detail)
         for image_id, name in others.items():
-            listed = images.by_id.get(image_id, {}).get("file_name", name)
+            listed = coco.by_id.get(image_id, {}).get("file_name", name)
             if image_id not in annotated:
                 detail = f"{self.instances_json} lists {name}, no annotation of this json is of it"
-                yield self._image_fault("images differ", images, image_id, detail)
+                yield self._image_fault("images differ", coco, image_id, detail)
             elif name and os.path.basename(listed) != os.path.basename(name):
                 detail = f"{self.instances_json} has {name} under this id"
-                yield self._image_fault("images differ", images, image_id, detail)
+                yield self._image_fault("images differ", coco, image_id, detail)
 
-    def _check_present(
-        self, sound: Mapping[int, dict[str, Any]], session: Session
-    ) -> Iterator[Fault]:
+    def _check_present(self, sound: Sound, session: Session) -> Iterator[Fault]:
         names = [annotation["file_name"] for annotation in sound.values()]
         for what, root in (("panoptic PNG", self.png_root), ("stuff PNG", self.stuff_root)):
-            found = session.look_at(root, names, what) if root else [Decoded()] * len(names)
-            for index, facts in zip(sound, found, strict=True):
-                if facts.state:
-                    reason = f"{what} {facts.state}"
-                    yield self._fault(reason, index, sound[index], detail=facts.detail)
+            looks = session.look_at(root, names, what) if root else []
+            for index, facts in zip(sound, looks, strict=bool(root)):
+                for reason, detail in facts.findings(what, []):
+                    yield self._fault(reason, index, sound[index], detail)
 
-    def _image_fault(self, reason: str, images: Images, image_id: object, detail: str) -> Fault:
-        return Fault(reason, self.json, (), images.file(image_id), image_id, None, detail)
+    def _image_fault(self, reason: str, coco: Coco, image_id: object, detail: str) -> Fault:
+        return Fault(reason, self.json, (), coco.file(image_id), image_id, None, detail)
 
     def _fault(
         self,
         reason: str,
         index: int,
-        annotation: object,
-        rest: tuple[str | int, ...] = (),
+        entry: object,
+        detail: str,
         segment_id: object = None,
-        detail: str = "",
+        rest: tuple[str | int, ...] = (),
     ) -> Fault:
-        values = annotation if isinstance(annotation, Mapping) else {}
+        values = entry if isinstance(entry, Mapping) else {}
         root = self.stuff_root if reason.startswith("stuff") else self.png_root
         name = values.get("file_name")
         file = os.path.join(root, name) if isinstance(name, str) else ""
-        entry = ("annotations", index, *rest)
-        return Fault(reason, self.json, entry, file, values.get("image_id"), segment_id, detail)
+        place = ("annotations", index, *rest)
+        return Fault(reason, self.json, place, file, values.get("image_id"), segment_id, detail)
 
-
-def _malformed(annotation: object) -> str:
-    if lacking := lacking_keys(annotation, "image_id", "file_name", "segments_info"):
-        return lacking
-    sound = {
-        "image_id": is_id(annotation["image_id"]),
-        "file_name": is_file_name(annotation["file_name"]),
-        "segments_info": isinstance(annotation["segments_info"], list),
-    }
-    return ", ".join(
-        f"{key}={annotation[key]!r}" for key, is_sound in sound.items() if not is_sound
-    )
-
-
-# One image, in a worker -------------------------------------------------------------------------
-
-
-def _check_task(
-    task: tuple[dict[str, Any], Sequence[Size], str],
-    target: PanopticTarget,
-    known: frozenset,
-    labels: dict[int, int] | None,
-) -> list[Part]:
-    annotation, sizes, look = task
-    return list(_check_annotation(annotation, sizes, look, target, known, labels))
-
-
-def _check_annotation(
-    annotation: dict[str, Any],
-    sizes: Sequence[Size],
-    look: str,
-    target: PanopticTarget,
-    known: frozenset,
-    labels: dict[int, int] | None,
-) -> Iterator[Part]:
-    segments = yield from _check_segments(annotation["segments_info"], known, target.area)
-    expected, name = None, annotation["file_name"]
-    if look == "all":
-        path = os.path.join(target.png_root, name)
-        ids = yield from _check_panoptic_png(path, sizes, segments)
-        if ids is not None and labels is not None:
-            expected = _expected_labels(ids, segments, labels)
-    if look and target.stuff_root is not None:
-        stuff = _check_stuff_png(os.path.join(target.stuff_root, name), sizes, labels, expected)
-        yield from (part for part in stuff if look == "all" or part[0] == "stuff PNG label unknown")
-
-
-def _check_segments(
-    entries: Sequence[Any], known: frozenset, area: bool
-) -> Generator[Part, None, dict[int, tuple[int, dict[str, Any]]]]:
-    """Yield what is wrong with the segments of an image; return the sound ones."""
-    segments: dict[int, tuple[int, dict[str, Any]]] = {}
-    for position, segment in enumerate(entries):
-        if problem := _malformed_segment(segment, area):
+    def _check_segments(
+        self, index: int, entry: dict[str, Any], categories: frozenset
+    ) -> Generator[Fault, None, Segments]:
+        """Yield what is wrong with the segments of an image; return the sound ones."""
+        segments: Segments = {}
+        entries = entry["segments_info"]
+        needed = {**_SEGMENT, "area": _AREA} if self.area else _SEGMENT
+        sound, wrong = split(entries, needed, {"area": _AREA, "iscrowd": FLAG})
+        for position, problem in wrong.items():
+            segment = entries[position]
             segment_id = segment.get("id") if isinstance(segment, Mapping) else None
-            yield "segment malformed", (), segment_id, problem
-            continue
-        if segment["category_id"] not in known:
-            yield "category unknown", (), segment["id"], f"category_id={segment['category_id']}"
-        if segment["id"] in segments:
-            rest = ("segments_info", position)
-            yield "segment id twice", rest, segment["id"], "an earlier one has it"
-        else:
-            segments[segment["id"]] = (position, segment)
-    return segments
+            yield self._fault("segment malformed", index, entry, problem, segment_id)
+        for position, segment in sound.items():
+            number, category = segment["id"], segment["category_id"]
+            if category not in categories:
+                detail = f"category_id={category}"
+                yield self._fault("category unknown", index, entry, detail, number)
+            if number in segments:
+                place = ("an earlier one has it", number, ("segments_info", position))
+                yield self._fault("segment id twice", index, entry, *place)
+            else:
+                segments[number] = (position, segment)
+        return segments
+
+    def check_pngs(self, annotation: Annotation, labels: Labels | None) -> Iterator[Fault]:
+        """Yield what is wrong with the PNGs of an image."""
+        ids = yield from self._check_panoptic_png(annotation)
+        if self.stuff_root is not None:
+            has_labels = ids is not None and labels is not None
+            expected = _expected_labels(ids, annotation.segments, labels) if has_labels else None
+            yield from self._check_stuff_png(annotation, labels, expected)
+
+    def _check_panoptic_png(
+        self, annotation: Annotation
+    ) -> Generator[Fault, None, np.ndarray | None]:
+        """Yield what is wrong with a panoptic PNG; return its ids."""
+        index, entry, sizes, segments = annotation
+        facts, pixels = read_pixels(os.path.join(self.png_root, entry["file_name"]), "RGB")
+        for reason, detail in facts.findings("panoptic PNG", sizes):
+            yield self._fault(reason, index, entry, detail)
+        if pixels is None or facts.size not in sizes:
+            return None
+        ids = rgb_to_id(pixels)
+        extents = segment_extents(ids)
+        extents.pop(0, None)  # void
+        for number, (position, segment) in segments.items():
+            if number not in extents:
+                detail = "0 is void" if number == 0 else "no pixel has its id"
+                place = (detail, number, ("segments_info", position))
+                yield self._fault("segment in the json alone", index, entry, *place)
+                continue
+            for reason, detail in _compare(segment, *extents[number]):
+                yield self._fault(reason, index, entry, detail, number)
+        strangers = [number for number in extents if number not in segments]
+        for number in strangers[:_LISTED]:
+            detail = f"{extents[number][0]} pixels have its id"
+            yield self._fault("segment in the PNG alone", index, entry, detail, number)
+        if len(strangers) > _LISTED:
+            detail = f"and {len(strangers) - _LISTED} more ids; was the PNG resized or made a JPEG?"
+            yield self._fault("segment in the PNG alone", index, entry, detail)
+        return ids
+
+    def _check_stuff_png(
+        self, annotation: Annotation, labels: Labels | None, expected: np.ndarray | None
+    ) -> Iterator[Fault]:
+        index, entry, sizes, _ = annotation
+        facts, values = read_pixels(os.path.join(self.stuff_root, entry["file_name"]), "L")
+        for reason, detail in facts.findings("stuff PNG", sizes):
+            yield self._fault(reason, index, entry, detail)
+        if values is None or labels is None:
+            return
+        count = max(labels.values()) + 1
+        if unknown := [label for label in np.unique(values).tolist() if count <= label != VOID]:
+            listed = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+            detail = f"{listed}; there are {count} stuff classes with 'things'"
+            yield self._fault("stuff PNG label unknown", index, entry, detail)
+        elif expected is not None and values.shape[:2] == expected.shape:
+            share = np.mean((values.reshape(expected.shape) != expected) & (expected >= 0))
+            if share > _OTHER_LABELS:
+                detail = f"{share:.0%} of its pixels have another label than the panoptic PNG's"
+                yield self._fault("stuff PNG of another image", index, entry, f"{detail} segments")
 
 
-def _malformed_segment(segment: object, area: bool) -> str:
-    needed = ("id", "category_id", *(("area",) if area else ()))  # PQ takes the json's area
-    if lacking := lacking_keys(segment, *needed):
-        return lacking
-    stated = segment.get("area", 0)
-    sound = {
-        "id": type(segment["id"]) is int,
-        "category_id": is_id(segment["category_id"]),
-        "area": type(stated) in (int, float) and 0 <= stated < float("inf"),
-        "iscrowd": segment.get("iscrowd", 0) in (0, 1),
-    }
-    return ", ".join(f"{key}={segment.get(key)!r}" for key in sound if not sound[key])
+def _check_pngs(
+    annotation: Annotation, target: PanopticTarget, labels: Labels | None
+) -> list[Fault]:
+    return list(target.check_pngs(annotation, labels))  # a worker can send no generator
 
 
-def _check_panoptic_png(
-    path: str, sizes: Sequence[Size], segments: Segments
-) -> Generator[Part, None, np.ndarray | None]:
-    """Yield what is wrong with a panoptic PNG; return its ids."""
-    facts, pixels = read_pixels(path, "RGB")
-    yield from _file_parts("panoptic PNG", facts, sizes)
-    if pixels is None or facts.size not in sizes:
-        return None
-    ids = rgb_to_id(pixels)
-    extents = segment_extents(ids)
-    extents.pop(0, None)  # void
-    for number, (position, segment) in segments.items():
-        if number not in extents:
-            rest = ("segments_info", position)
-            detail = "0 is void" if number == 0 else "no pixel has its id"
-            yield "segment in the json alone", rest, number, detail
-        else:
-            yield from _compare(segment, *extents[number])
-    strangers = [number for number in extents if number not in segments]
-    for number in strangers[:_LISTED]:
-        yield "segment in the PNG alone", (), number, f"{extents[number][0]} pixels have its id"
-    if len(strangers) > _LISTED:
-        detail = f"and {len(strangers) - _LISTED} more ids; was the PNG resized or made a JPEG?"
-        yield "segment in the PNG alone", (), None, detail
-    return ids
-
-
-def _compare(segment: Mapping[str, Any], area: int, box: Box) -> Iterator[Part]:
+def _compare(segment: Mapping[str, Any], area: int, box: Box) -> Iterator[tuple[str, str]]:
     if "area" in segment and abs(segment["area"] - area) > TOLERANCE:
-        detail = f"{segment['area']} in the json, {area} pixels in the PNG"
-        yield "segment area differs", (), segment["id"], detail
-    if "bbox" not in segment:
-        return
-    stated = segment["bbox"]
-    try:
-        agrees = np.shape(stated) == (4,) and np.allclose(stated, box, rtol=0, atol=TOLERANCE)
-    except (TypeError, ValueError):
-        agrees = False
-    if not agrees:
-        detail = f"{stated} in the json, {list(box)} in the PNG"
-        yield "segment box differs", (), segment["id"], detail
+        yield "segment area differs", f"{segment['area']} in the json, {area} pixels in the PNG"
+    if "bbox" in segment:
+        stated = segment["bbox"]
+        try:
+            agrees = np.shape(stated) == (4,) and np.allclose(stated, box, rtol=0, atol=TOLERANCE)
+        except (TypeError, ValueError):
+            agrees = False
+        if not agrees:
+            yield "segment box differs", f"{stated} in the json, {list(box)} in the PNG"
 
 
-def _expected_labels(ids: np.ndarray, segments: Segments, labels: dict[int, int]) -> np.ndarray:
+def _expected_labels(ids: np.ndarray, segments: Segments, labels: Labels) -> np.ndarray:
     """Return the stuff labels that a panoptic PNG leads to, -1 where its own faults hide them."""
     expected = np.where(ids == 0, VOID, -1)
     for number, (_, segment) in segments.items():
@@ -296,49 +261,10 @@ def _expected_labels(ids: np.ndarray, segments: Segments, labels: dict[int, int]
     return expected
 
 
-def _check_stuff_png(
-    path: str,
-    sizes: Sequence[Size],
-    labels: dict[int, int] | None,
-    expected: np.ndarray | None,
-) -> Iterator[Part]:
-    facts, values = read_pixels(path, "L")
-    yield from _file_parts("stuff PNG", facts, sizes)
-    if values is None or labels is None:
-        return
-    present = np.flatnonzero(np.bincount(values.ravel(), minlength=VOID + 1)).tolist()
-    count = max(labels.values()) + 1
-    if unknown := [label for label in present if count <= label != VOID]:
-        listed = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
-        detail = f"{listed}; there are {count} stuff classes with 'things'"
-        yield "stuff PNG label unknown", (), None, detail
-    elif expected is not None and values.shape[:2] == expected.shape:
-        differs = (values.reshape(expected.shape) != expected) & (expected >= 0)
-        share = np.mean(differs)
-        if share > _OTHER_LABELS:
-            detail = (
-                f"{share:.0%} of its pixels have another label than the panoptic PNG's segments"
-            )
-            yield "stuff PNG of another image", (), None, detail
-
-
-def _file_parts(what: str, facts: Decoded, sizes: Sequence[Size]) -> Iterator[Part]:
-    if facts.state:
-        yield f"{what} {facts.state}", (), None, facts.detail
-    if facts.size is not None and facts.size not in sizes:
-        yield f"{what} of another size", (), None, describe_size(facts, sizes[0])
-
-
 def segment_extents(ids: np.ndarray) -> dict[int, tuple[int, Box]]:
-    """Measure every segment of a panoptic PNG: its pixels and its box.
+    """Measure every segment of a panoptic PNG, ``(H, W)``: its pixels and its box.
 
     Works on runs of equal pixels, which are few.
-
-    Args:
-        ids: the segment of each pixel.
-
-    Shape:
-        ids ``(H, W)``.
 
     Example:
         >>> segment_extents(np.array([[7, 7, 0], [0, 7, 0]]))

@@ -4,6 +4,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -16,11 +17,10 @@ from gn_practical.training.data.coco_format import read_categories
 from gn_practical.training.data.errors import DatasetError
 from gn_practical.training.data.registration import DATASETS_ROOT, ensure_registered
 from gn_practical.training.ranks import raise_on_all_ranks
-from gn_practical.training.validation.findings import STOPPING, Fault
-from gn_practical.training.validation.records import RecordsTarget
-from gn_practical.training.validation.report import describe
-from gn_practical.training.validation.run import validate
-from gn_practical.training.validation.targets import targets_of
+from gn_practical.training.validation.coco import Session
+from gn_practical.training.validation.findings import STOPPING
+from gn_practical.training.validation.report import Report, describe
+from gn_practical.training.validation.targets import RecordsTarget, targets_of
 
 _PATHS = {  # metadata keys, with what they are
     "image_root": "folder of images",
@@ -36,8 +36,8 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
 
     Every name of ``DATASETS.TRAIN`` and ``DATASETS.TEST`` must be registered, its files must be
     there, its jsons must pass the validator's rules as far as they decide whether the run works
-    (`STOPPING`; what is found besides is logged), and its classes must be those of the model and
-    of the other sets. In a distributed run every rank must call this; one of each machine reads.
+    (`STOPPING`; what is found besides is logged), and its classes must be those of the model and of
+    the other sets. In a distributed run every rank must call this; one of each machine reads.
 
     Args:
         cfg: the complete config of the run.
@@ -45,9 +45,6 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
 
     Raises:
         DatasetError: on all ranks, with all that is wrong and what to do.
-
-    Example:
-        >>> check_datasets(cfg)  # doctest: +SKIP
     """
     train = () if eval_only else tuple(cfg.DATASETS.TRAIN)
     names = list(dict.fromkeys((*train, *cfg.DATASETS.TEST)))
@@ -69,18 +66,23 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
 
 
 def _problems(cfg: CfgNode, names: Sequence[str]) -> Iterator[str]:
-    missing = {name: list(_missing_paths(MetadataCatalog.get(name))) for name in names}
+    there = []
     for name in names:
-        yield from missing[name]
-    there = [name for name in names if not missing[name]]
+        if missing := list(_missing_paths(MetadataCatalog.get(name))):
+            yield from missing
+        else:
+            there.append(name)
     for name in there:
-        yield from _check_stuff_labels(cfg, name)
+        needs_stuff = cfg.MODEL.META_ARCHITECTURE == "PanopticFPN"
+        if needs_stuff and not MetadataCatalog.get(name).get("sem_seg_root"):
+            yield (
+                f"Data sets of a PanopticFPN must have stuff labels, got {name!r}. Take one whose "
+                "name ends in '_panoptic_separated', or register yours with "
+                "DATASETS.COCO_PANOPTIC."
+            )
     yield from _check_num_classes(cfg, there)
     yield from _validate(cfg, there)
     yield from _check_same_classes(there)
-
-
-# Files ------------------------------------------------------------------------------------------
 
 
 def _missing_paths(metadata: Metadata) -> Iterator[str]:
@@ -88,11 +90,11 @@ def _missing_paths(metadata: Metadata) -> Iterator[str]:
         path = metadata.get(key)
         if path is None or "://" in str(path):
             continue
-        path = os.fspath(path)
-        if not (os.path.isfile(path) if "json" in key else os.path.isdir(path)):
+        is_there = os.path.isfile if "json" in key else os.path.isdir
+        if not is_there(path):
             yield (
                 f"The {what} of data set {metadata.name!r} must exist, got "
-                f"{os.path.abspath(path)}. {_how_to_get(key, path, metadata)}"
+                f"{os.path.abspath(path)}. {_how_to_get(key, os.fspath(path), metadata)}"
             )
 
 
@@ -123,18 +125,6 @@ def _prepare_command(metadata: Metadata) -> str:
     return f"{command} {sources} --output {output}"
 
 
-# The config -------------------------------------------------------------------------------------
-
-
-def _check_stuff_labels(cfg: CfgNode, name: str) -> Iterator[str]:
-    metadata, model = MetadataCatalog.get(name), cfg.MODEL.META_ARCHITECTURE
-    if model == "PanopticFPN" and not metadata.get("sem_seg_root"):
-        yield (
-            f"Data sets of a PanopticFPN must have stuff labels, got {name!r}. Take one whose name "
-            "ends in '_panoptic_separated', or register yours with DATASETS.COCO_PANOPTIC."
-        )
-
-
 def _check_num_classes(cfg: CfgNode, names: Sequence[str]) -> Iterator[str]:
     """Yield each key of the model that is not the number of classes of the first set to differ."""
     expected = architecture(cfg.MODEL.META_ARCHITECTURE)
@@ -163,34 +153,26 @@ def _classes(name: str, attribute: str) -> list[str] | None:
 def _check_same_classes(names: Sequence[str]) -> Iterator[str]:
     """Check that the sets of one run name the same classes in the same order."""
     for attribute in ("thing_classes", "stuff_classes"):
-        known = {n: MetadataCatalog.get(n).get(attribute) for n in names}
+        known = {name: MetadataCatalog.get(name).get(attribute) for name in names}
         known = {name: classes for name, classes in known.items() if classes is not None}
         for name, classes in known.items():
-            first = next(iter(known))
-            if classes != known[first]:
+            first, expected = next(iter(known.items()))
+            if classes != expected:
+                pairs = enumerate(zip_longest(expected, classes))
+                number, (a, b) = next((n, pair) for n, pair in pairs if pair[0] != pair[1])
                 yield (
                     f"All data sets of a run must have the same {attribute.replace('_', ' ')}, got "
-                    f"{len(known[first])} in {first!r} and {len(classes)} in {name!r}; they differ "
-                    f"in {_first_difference(known[first], classes)}. List the same categories in "
-                    "both jsons."
+                    f"{len(expected)} in {first!r} and {len(classes)} in {name!r}; they differ in "
+                    f"class {number}: {a!r} and {b!r}. List the same categories in both jsons."
                 )
-
-
-def _first_difference(first: list[str], second: list[str]) -> str:
-    for index, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return f"class {index}: {a!r} and {b!r}"
-    return f"the classes from number {min(len(first), len(second))} on"
-
-
-# The jsons --------------------------------------------------------------------------------------
 
 
 def _validate(cfg: CfgNode, names: Sequence[str]) -> Iterator[str]:
     """Yield a line for each kind of fault that each json has; log those that do not stop a run."""
     targets = [t for t in targets_of(cfg, names=names) if not isinstance(t, RecordsTarget)]
-    report = validate(targets, workers=0, show_progress=False, decode=False)
-    groups: dict[tuple[str, str], list[Fault]] = defaultdict(list)
+    report = Report()
+    report.check(targets, Session())
+    groups = defaultdict(list)
     for fault in report.distinct():
         groups[fault.json, fault.reason].append(fault)
     for (json, reason), faults in groups.items():
@@ -199,13 +181,11 @@ def _validate(cfg: CfgNode, names: Sequence[str]) -> Iterator[str]:
             logging.getLogger(__name__).warning("%s tools/validate_dataset.py lists all.", first)
         else:
             yield f"{first} {_hint(reason, names)}"
-    if report.unchecked:
-        raise KeyboardInterrupt
 
 
 def _hint(reason: str, names: Sequence[str]) -> str:
-    if reason.startswith("stuff PNG"):
-        metadata = (MetadataCatalog.get(name) for name in names)
-        command = next(_prepare_command(each) for each in metadata if each.get("sem_seg_root"))
-        return f"Run: {command}"
-    return STOPPING[reason]
+    if not reason.startswith("stuff PNG"):
+        return STOPPING[reason]
+    metadata = (MetadataCatalog.get(name) for name in names)
+    command = next(_prepare_command(each) for each in metadata if each.get("sem_seg_root"))
+    return f"Run: {command}"

@@ -1,16 +1,51 @@
 """What to validate: the data sets of a config."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
 from gn_practical.training.data.registration import ensure_registered
-from gn_practical.training.validation.images import Names
+from gn_practical.training.validation.coco import Names, Session
+from gn_practical.training.validation.findings import Fault
 from gn_practical.training.validation.instances import InstancesTarget
 from gn_practical.training.validation.panoptic import PanopticTarget
-from gn_practical.training.validation.records import RecordsTarget
+
+_FILES = {
+    "file_name": "image",
+    "sem_seg_file_name": "stuff PNG",
+    "pan_seg_file_name": "panoptic PNG",
+}
+
+
+class RecordsTarget(NamedTuple):
+    """A data set of another format than COCO's, as Detectron2 loads it: its files alone."""
+
+    json: str  # the name in Detectron2's catalog
+
+    def check(self, session: Session) -> Iterator[Fault]:
+        """Yield all faults of files; see `InstancesTarget.check`."""
+        try:
+            records = DatasetCatalog.get(self.json)
+        except Exception as error:  # whatever the user's own loader raises
+            yield Fault("json unusable", self.json, detail=f"its loader raised {error!r}")
+            return
+        tasks = [
+            (index, record, key)
+            for index, record in enumerate(records)
+            for key in _FILES
+            if key in record
+        ]
+        paths = [record[key] for _, record, key in tasks]
+        found = session.look_at("", paths, self.json)
+        for (index, record, key), facts in zip(tasks, found, strict=True):
+            stated = (record.get("width"), record.get("height"))
+            place = (self.json, (index,), record[key], record.get("image_id"), None)
+            for reason, detail in facts.findings(_FILES[key], [] if None in stated else [stated]):
+                yield Fault(reason, *place, detail)
+
 
 Target = InstancesTarget | PanopticTarget | RecordsTarget
 
@@ -21,21 +56,13 @@ def targets_of(
     """Return what is to be validated of the data sets that a config trains and tests on.
 
     Args:
-        cfg: a config, its data sets registered, as ``load_cfg`` returns it. The embedded scenes are
-            drawn if it uses them.
+        cfg: a config, its data sets registered, as ``load_cfg`` returns it.
         files: False to leave images and PNGs out.
-        names: of data sets that are registered and drawn; by default all of ``DATASETS.TRAIN`` and
-            ``DATASETS.TEST``.
+        names: of data sets that are registered and drawn; by default those of ``DATASETS.TRAIN``
+            and ``DATASETS.TEST``, and the embedded scenes are drawn if they are among them.
 
     Raises:
         DatasetError: if a name is not registered.
-
-    Example:
-        >>> from detectron2.config import get_cfg
-        >>> cfg = get_cfg()
-        >>> cfg.DATASETS.TRAIN = ("coco_2017_val",)
-        >>> targets_of(cfg)[0].json
-        '.../coco/annotations/instances_val2017.json'
     """
     if names is None:
         names = list(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
@@ -54,9 +81,9 @@ def _targets(cfg: CfgNode, name: str, files: bool) -> Iterator[Target]:
     trains, tests = name in cfg.DATASETS.TRAIN, name in cfg.DATASETS.TEST
     if metadata.get("json_file"):
         yield InstancesTarget(
-            json=metadata.json_file,
-            image_root=image_root,
-            names=_names(metadata, "thing"),
+            metadata.json_file,
+            image_root,
+            _names(metadata, "thing"),
             masks=bool(cfg.MODEL.MASK_ON),
             area=tests,
             rle=not (trains and cfg.MODEL.MASK_ON) or cfg.INPUT.MASK_FORMAT == "bitmask",
@@ -64,10 +91,10 @@ def _targets(cfg: CfgNode, name: str, files: bool) -> Iterator[Target]:
         )
     if metadata.get("panoptic_json"):
         yield PanopticTarget(
-            json=metadata.panoptic_json,
-            png_root=metadata.panoptic_root,
-            image_root=image_root,
-            names=_names(metadata, "thing", "stuff"),
+            metadata.panoptic_json,
+            metadata.panoptic_root,
+            image_root,
+            _names(metadata, "thing", "stuff"),
             stuff_root=metadata.get("sem_seg_root"),
             files=files,
             instances_json=metadata.get("json_file"),

@@ -165,7 +165,7 @@ class _Visualizer(Visualizer):
             return super().overlay_instances(**style, **others)
         size = self.output.height, self.output.width
         masks = [m if isinstance(m, GenericMask) else GenericMask(m, *size) for m in masks]
-        for i in sorted(range(len(masks)), key=lambda i: -masks[i].area()):
+        for i in np.argsort([-float(mask.area()) for mask in masks]):
             color = None if assigned_colors is None else assigned_colors[i]
             text = None if labels is None else labels[i]
             self.draw_binary_mask(masks[i].mask, color, text=text, alpha=alpha)

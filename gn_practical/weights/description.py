@@ -30,6 +30,7 @@ class Description:
         weight_standardization: whether the convolutions standardize their weights.
         standardization: how they do.
         num_groups: of all group norms, or {path of the norm: groups}.
+        norm: kind of the backbone's norms, "GN" or "BN" (frozen ones too).
         norm_eps: epsilon of the norms.
         class_names: by "thing" and "stuff", in the order of the model's outputs.
         resize: ``INPUT``'s keys of the size at test time.
@@ -46,6 +47,7 @@ class Description:
     weight_standardization: bool | None = None
     standardization: Standardization | None = None
     num_groups: int | dict[str, int] | None = None
+    norm: str | None = None
     norm_eps: float | None = None
     class_names: dict[str, list[str]] | None = None
     resize: dict[str, Any] | None = None

@@ -1,6 +1,8 @@
 """ResNets in the layouts of Detectron, pycls, jhu, MoCo, DINO, MMPretrain; and what is wrong."""
 
 import pickle
+import re
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -162,7 +164,8 @@ def moco(folder):
 def dino(folder):
     wanted, convs, norms = layout("torchvision", "bn", parts=BN_PARTS, prefix="module.backbone.")
     other = {key: torch.zeros_like(each) for key, each in wanted.items()}
-    torch.save({"student": other, "teacher": wanted, "epoch": 3}, folder / "a.pth")
+    beside = {"epoch": 3, "args": Namespace(arch="resnet50", lr=0.1)}
+    torch.save({"student": other, "teacher": wanted, **beside}, folder / "a.pth")
     return "a.pth", Functional(convs, batch_norm(norms)), normalized(picture())
 
 
@@ -293,3 +296,63 @@ def test_which_of_two_sets_was_taken_is_said(tmp_path, level):
     assert weights.notes[0].startswith(f"taken from {level};")
     with pytest.raises(ValueError, match=r"one of state_dict_ema, state_dict, got level=teacher"):
         read_weights(path, level="teacher")
+
+
+def blob_of(key):
+    """Detectron's name of a tensor of Detectron2's Faster R-CNN with FPN and GN."""
+    key = key.removeprefix("backbone.").removeprefix("bottom_up.").replace("stem.", "")
+    for pattern, blob in (
+        (r"(res\d)\.(\d+)\.", r"\1_\2_"),
+        (r"shortcut\.", "branch1."),
+        (r"_conv([123])\.", lambda m: f"_branch2{'abc'[int(m[1]) - 1]}."),
+        (r"fpn_lateral5\.", "fpn_inner_res5_2_sum."),
+        (r"fpn_lateral(\d)\.", r"fpn_inner_res\1_9_sum_lateral."),
+        (r"fpn_output(\d)\.", r"fpn_res\1_2_sum."),
+        (r"proposal_generator.rpn_head.conv\.", "conv_rpn_fpn2."),
+        (r"proposal_generator.rpn_head.objectness_logits\.", "rpn_cls_logits_fpn2."),
+        (r"proposal_generator.rpn_head.anchor_deltas\.", "rpn_bbox_pred_fpn2."),
+        (r"roi_heads.box_head.conv", "head_conv"),
+        (r"roi_heads.box_head.fc1\.", "fc6."),
+        (r"roi_heads.box_predictor\.", ""),
+        (r"\.norm\.weight", "_gn_s"),
+        (r"\.norm\.bias", "_gn_b"),
+        (r"\.weight", "_w"),
+        (r"\.bias", "_b"),
+    ):
+        key = re.sub(pattern, blob, key)
+    return key
+
+
+def test_a_whole_detector_of_detectron_has_detectron2_s_names(tmp_path):
+    wanted = {}
+    for key, shape in DETECTOR.items():
+        for part in ("weight", "norm.weight", "norm.bias") if "gn" in shape else ("weight", "bias"):
+            wanted[f"{key}.{part}"] = torch.randn(8 if "cls" in key else 28, 2)
+    blobs = {blob_of(key): each.numpy() for key, each in wanted.items()}
+    assert len(blobs) == len(wanted)
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"blobs": blobs}))
+    state = read_weights(str(tmp_path / "a.pkl")).state
+    assert state.keys() == wanted.keys()
+    for key, each in state.items():
+        if "cls_score" in key:  # background was the first class
+            assert torch.equal(each, wanted[key].roll(-1, 0))
+        elif "bbox_pred" in key:  # and had boxes
+            assert torch.equal(each, wanted[key][4:])
+        else:
+            assert torch.equal(each, wanted[key])
+
+
+DETECTOR = {
+    "backbone.bottom_up.stem.conv1": "gn",
+    **{f"backbone.bottom_up.res{i}.0.conv{j}": "gn" for i in (2, 5) for j in (1, 2, 3)},
+    "backbone.bottom_up.res2.0.shortcut": "gn",
+    **{f"backbone.fpn_{kind}{i}": "gn" for kind in ("lateral", "output") for i in (2, 3, 4, 5)},
+    **{f"roi_heads.box_head.conv{i}": "gn" for i in (1, 2, 3, 4)},
+    "roi_heads.box_head.fc1": "plain",
+    "roi_heads.box_predictor.cls_score": "plain",
+    "roi_heads.box_predictor.bbox_pred": "plain",
+    **{
+        f"proposal_generator.rpn_head.{name}": "plain"
+        for name in ("conv", "objectness_logits", "anchor_deltas")
+    },
+}

@@ -16,6 +16,12 @@ class Standardization:
     eps_under_root: bool = False
     biased: bool = False
 
+    def __str__(self) -> str:
+        std = "biased" if self.biased else "unbiased"
+        if self.eps_under_root:
+            return f"(W - mean) / sqrt(var + {self.eps:g}), {std} var"
+        return f"(W - mean) / (std + {self.eps:g}), {std} std"
+
 
 @dataclass(frozen=True)
 class Description:
@@ -29,6 +35,7 @@ class Description:
         stride_in_1x1: whether bottlenecks with a stride have it in their first convolution.
         weight_standardization: whether the convolutions standardize their weights.
         standardization: how they do.
+        standardized_layers: paths of the convolutions that do, where known.
         num_groups: of all group norms, or {path of the norm: groups}.
         norm: kind of the backbone's norms, "GN" or "BN" (frozen ones too).
         norm_eps: epsilon of the norms.
@@ -46,6 +53,7 @@ class Description:
     stride_in_1x1: bool | None = None
     weight_standardization: bool | None = None
     standardization: Standardization | None = None
+    standardized_layers: list[str] | None = None
     num_groups: int | dict[str, int] | None = None
     norm: str | None = None
     norm_eps: float | None = None

@@ -111,6 +111,8 @@ def _detectron2(contents: Contents, source: str | None) -> Weights:
     author = str(contents.beside.get("__author__", "")).lower()
     found = "detectron2_torchvision" if author == "torchvision" else "detectron2"
     description, notes = _choose([found], contents, source)
+    if any(key.endswith("res2.0.conv1.norm.running_mean") for key in contents.tensors):
+        description = replace(description, norm="BN")
     return Weights(dict(contents.tensors), description, notes=notes)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from gn_practical.weights import detectron_names, mm_config, mmdetection_names
 from gn_practical.weights.contents import Contents, read_contents
 from gn_practical.weights.description import Description
+from gn_practical.weights.origins import resnet_origins
 from gn_practical.weights.resnet_names import ResNetNames, find_resnet
 from gn_practical.weights.sources import choose_source
 
@@ -126,7 +127,7 @@ def _pycls(contents: Contents, source: str | None) -> Weights:
 
 
 def _resnet(contents: Contents, names: ResNetNames, source: str | None) -> Weights:
-    candidates = _resnet_candidates(contents, names)
+    candidates = resnet_origins(contents, names)
     description, notes = _choose(candidates, contents, source)
     described = mm_config.described_by(contents.beside)
     state = _renamed(contents.tensors, names)
@@ -136,22 +137,6 @@ def _resnet(contents: Contents, names: ResNetNames, source: str | None) -> Weigh
     used = {names.prefix + key for key, new in names.renamed.items() if new in state}
     description = replace(description, **{**described, "norm": names.norm})
     return Weights(state, description, notes=notes, unused=_unused(contents.tensors, used))
-
-
-def _resnet_candidates(contents: Contents, names: ResNetNames) -> list[str]:
-    """Return which sources the names allow, those that a file's name can decide for among them."""
-    prefix, level = names.prefix, contents.level
-    if "encoder_q." in prefix or "base_encoder." in prefix:
-        return ["moco"]
-    if level in ("teacher", "student") or "teacher." in prefix or "student." in prefix:
-        return ["dino"]
-    if names.norm_names == "gn":
-        return ["jhu", "mmcv_detectron_gn"]
-    if prefix == "backbone." and "head.fc.weight" in contents.tensors:
-        return ["mmpretrain" if names.norm == "BN" else "mmpretrain_gn"]
-    if names.norm == "BN":
-        return ["torchvision"]
-    return ["jhu", "timm_gn"] if prefix == "module." else ["timm_gn"]
 
 
 def _mmdetection(contents: Contents, source: str | None) -> Weights:

@@ -16,6 +16,12 @@ class Standardization:
     eps_under_root: bool = False
     biased: bool = False
 
+    def __str__(self) -> str:
+        std = "biased" if self.biased else "unbiased"
+        if self.eps_under_root:
+            return f"(W - mean) / sqrt(var + {self.eps:g}), {std} var"
+        return f"(W - mean) / (std + {self.eps:g}), {std} std"
+
 
 @dataclass(frozen=True)
 class Description:
@@ -29,7 +35,9 @@ class Description:
         stride_in_1x1: whether bottlenecks with a stride have it in their first convolution.
         weight_standardization: whether the convolutions standardize their weights.
         standardization: how they do.
+        standardized_layers: paths of the convolutions that do, where known.
         num_groups: of all group norms, or {path of the norm: groups}.
+        norm: kind of the backbone's norms, "GN" or "BN" (frozen ones too).
         norm_eps: epsilon of the norms.
         class_names: by "thing" and "stuff", in the order of the model's outputs.
         resize: ``INPUT``'s keys of the size at test time.
@@ -45,7 +53,9 @@ class Description:
     stride_in_1x1: bool | None = None
     weight_standardization: bool | None = None
     standardization: Standardization | None = None
+    standardized_layers: list[str] | None = None
     num_groups: int | dict[str, int] | None = None
+    norm: str | None = None
     norm_eps: float | None = None
     class_names: dict[str, list[str]] | None = None
     resize: dict[str, Any] | None = None
@@ -67,3 +77,33 @@ class Description:
             if known.get(key) is not None:
                 known[key] = tuple(known[key])
         return cls(**known)
+
+    def with_values(self, values: dict[str, Any]) -> "Description":
+        """Return this description with what a user knows.
+
+        Args:
+            values: {field, or "standardization.eps" and its like: value}.
+
+        Raises:
+            ValueError: for another key.
+
+        Example:
+            >>> known = Description().with_values({"standardization.eps": 1e-6})
+            >>> known.standardization.eps
+            1e-06
+        """
+        inner = {key.partition(".")[2]: each for key, each in values.items() if "." in key}
+        outer = {key: each for key, each in values.items() if "." not in key}
+        known = {f"standardization.{key}" for key in Standardization.__dataclass_fields__}
+        unknown = sorted(set(values) - known - set(self.__dataclass_fields__))
+        if unknown:
+            names = ", ".join([*self.__dataclass_fields__, *sorted(known)])
+            raise ValueError(
+                f"what is described must be one of {names}, got {', '.join(unknown)}. Correct it."
+            )
+        if inner:
+            outer["standardization"] = {
+                **asdict(self.standardization or Standardization()),
+                **inner,
+            }
+        return Description.from_dict({**self.to_dict(), **outer})

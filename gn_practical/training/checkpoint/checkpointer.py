@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from gn_practical.layers.protocol import BindableNorm
 from gn_practical.training.checkpoint import files
 from gn_practical.training.checkpoint.finite_weights import require_finite_weights
-from gn_practical.training.checkpoint.safe_loading import load_pickle, load_torch
 from gn_practical.training.checkpoint.snapshot import Snapshot
 from gn_practical.training.ranks import raise_on_all_ranks
+from gn_practical.weights.safe_loading import load_pickle, load_torch
 
 # torchvision's names of a ResNet's parts, and Detectron2's.
 _TORCHVISION_NAMES = (
@@ -40,7 +40,7 @@ class GroupsCheckpointer(DetectionCheckpointer):
     the file is there whole or not at all (:mod:`.files`). A save that
     fails, on a full disk, is logged, and training goes on to the next one. Resuming takes the
     newest checkpoint that is whole and names those that are not. Nothing that is read can run code
-    (:mod:`gn_practical.training.checkpoint.safe_loading`).
+    (:mod:`gn_practical.weights.safe_loading`).
 
     A model that runs with other groups than it was trained with computes something else with the
     same weights. So a difference is an error on resume, and a warning that names the layers for

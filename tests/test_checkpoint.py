@@ -8,7 +8,7 @@ import resource
 import threading
 import types
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -433,7 +433,7 @@ def test_a_snapshot_is_the_same_and_shares_no_memory():
     state = {
         "model": modules,
         "optimizer": {"state": {0: {"momentum_buffer": momentum}}, "groups": [{"lr": 0.1}]},
-        "other": [1, (2.5, None, "x"), {3}, np.float32(0.5), torch.Size([1, 2]), b"raw"],
+        "other": [1, (2.5, None, "x"), {3}, np.float32(0.5), torch.Size([1, 2]), Counter(a=2)],
         "sparse": torch.eye(3).to_sparse(),
     }
     snapshot = Snapshot()

@@ -433,7 +433,15 @@ def test_a_snapshot_is_the_same_and_shares_no_memory():
     state = {
         "model": modules,
         "optimizer": {"state": {0: {"momentum_buffer": momentum}}, "groups": [{"lr": 0.1}]},
-        "other": [1, (2.5, None, "x"), {3}, np.float32(0.5), torch.Size([1, 2]), Counter(a=2)],
+        "other": [
+            1,
+            (2.5, None, "x"),
+            {3},
+            np.float32(0.5),
+            torch.Size([1, 2]),
+            b"raw",
+            Counter(a=2),
+        ],
         "sparse": torch.eye(3).to_sparse(),
     }
     snapshot = Snapshot()

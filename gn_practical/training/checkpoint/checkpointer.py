@@ -36,16 +36,13 @@ BEST = "model_best"  # the one checkpoint that never becomes the one to resume f
 class GroupsCheckpointer(DetectionCheckpointer):
     """A ``DetectionCheckpointer`` whose checkpoints are whole, safe and know their groups.
 
-    Saving takes a snapshot in host memory, one copy of the state, and writes it in the background;
-    the file is there whole or not at all (:mod:`.files`). A save that
-    fails, on a full disk, is logged, and training goes on to the next one. Resuming takes the
-    newest checkpoint that is whole and names those that are not. Nothing that is read can run code
-    (:mod:`gn_practical.training.checkpoint.safe_loading`).
+    Saving takes a snapshot in host memory and writes it in the background; the file is there whole
+    or not at all (:mod:`.files`). A save that fails, on a full disk, is logged, and training goes
+    on to the next one. Resuming takes the newest checkpoint that is whole. Nothing that is read
+    can run code (:mod:`.safe_loading`).
 
     A model that runs with other groups than it was trained with computes something else with the
-    same weights. So a difference is an error on resume, and a warning that names the layers for
-    weights to fine-tune. Besides the formats of Detectron2 it reads files with a top-level
-    ``state_dict`` and ResNets in torchvision's names.
+    same weights: an error on resume, a warning for weights to fine-tune.
 
     Args:
         model: the model.
@@ -69,7 +66,7 @@ class GroupsCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self._keep_last = keep_last
         self._snapshot = Snapshot()
-        self._writer: ThreadPoolExecutor | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._copying: Future[None] | None = None
         self._writing: Future[None] | None = None
         self._optimizer: torch.optim.Optimizer | None = None
@@ -78,13 +75,9 @@ class GroupsCheckpointer(DetectionCheckpointer):
         self._resumed_from = ""
 
     def copy_beside(self, optimizer: torch.optim.Optimizer) -> None:
-        """Copy the weights and the optimizer's state beside the step that follows a save.
+        """Let ``save`` return before an optimizer's parameters and state are copied.
 
-        ``save`` returns before they are copied, and the optimizer's next step waits for the copy.
-        Anything else of the state may change at once, as without this.
-
-        Args:
-            optimizer: whose steps alone change its parameters and its state.
+        Its next step, which alone may change them, waits for the copy.
         """
         self._optimizer = optimizer
         optimizer.register_step_pre_hook(lambda *_: self._wait_for_copy())
@@ -92,12 +85,8 @@ class GroupsCheckpointer(DetectionCheckpointer):
     def save(self, name: str, **kwargs: Any) -> None:
         """Save as Detectron2 does, with ``num_groups``: {path of the norm: groups}.
 
-        Returns when the state may change (see :meth:`copy_beside`); a save before that is still
-        being written is waited for.
-
-        Args:
-            name: the file's name without suffix; "model_best" does not become the last checkpoint.
-            kwargs: what else to save.
+        Returns when the state may change (see :meth:`copy_beside`). "model_best" does not become
+        the last checkpoint.
 
         Raises:
             ValueError: for a name with a folder, or a state that could not be safely read again.
@@ -107,10 +96,9 @@ class GroupsCheckpointer(DetectionCheckpointer):
         if not self.save_dir or not self.save_to_disk:
             return
         path = files.checkpoint_path(self.save_dir, name)
-        if self._writer is None:
+        if self._writing is None:
             files.remove_leftovers(self.save_dir)
-            self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        if self._writing:
+        else:
             self._writing.exception()  # waits; it has been logged
         periodic = f"model_{kwargs.get('iteration', -1):07d}"
         if name == FINAL and self._written == files.checkpoint_path(self.save_dir, periodic):
@@ -126,10 +114,7 @@ class GroupsCheckpointer(DetectionCheckpointer):
         self._writing = self._writer.submit(self._write)
 
     def wait(self) -> None:
-        """Wait for the write under way; if it failed, try once more.
-
-        To be called where training ends. Without it the end of the process waits too, but says
-        nothing.
+        """Wait, where training ends, for the write under way; if it failed, try once more.
 
         Raises:
             ValueError: if the last save could not be written.
@@ -139,8 +124,7 @@ class GroupsCheckpointer(DetectionCheckpointer):
         if self._writing is None or self._writing.exception() is None:
             return
         self._writing = self._writer.submit(self._write)
-        error = self._writing.exception()
-        if error is not None:
+        if error := self._writing.exception():
             raise ValueError(
                 f"the last checkpoint must be written, got {error} for {self._unwritten[1]}. "
                 "Make room on its disk and add --resume: training goes on from the checkpoint "
@@ -156,7 +140,12 @@ class GroupsCheckpointer(DetectionCheckpointer):
             ValueError: on resume, if all checkpoints are damaged, or the one taken was trained
                 with other groups.
         """
-        self._resumed_from = self._agreed_checkpoint() if resume else ""
+        self._resumed_from = ""
+        if resume:
+            with raise_on_all_ranks(ValueError):
+                if comm.is_main_process():
+                    self._resumed_from = self.get_checkpoint_file()
+            self._resumed_from = comm.all_gather(self._resumed_from)[0]
         if self._resumed_from:
             return self.load(self._resumed_from)
         return self.load(path, checkpointables=[])
@@ -195,13 +184,6 @@ class GroupsCheckpointer(DetectionCheckpointer):
         except ValueError as error:
             self.logger.warning("%s is damaged: %s. The best value starts from none.", path, error)
             return {}
-
-    def _agreed_checkpoint(self) -> str:
-        found = ""
-        with raise_on_all_ranks(ValueError):
-            if comm.is_main_process():
-                found = self.get_checkpoint_file()
-        return comm.all_gather(found)[0]
 
     def _changed_by_steps(self) -> list[Tensor]:
         if self._optimizer is None:

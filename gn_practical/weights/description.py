@@ -29,6 +29,7 @@ class Description:
         stride_in_1x1: whether bottlenecks with a stride have it in their first convolution.
         weight_standardization: whether the convolutions standardize their weights.
         standardization: how they do.
+        standardized_layers: paths of the convolutions that do, where known.
         num_groups: of all group norms, or {path of the norm: groups}.
         norm_eps: epsilon of the norms.
         class_names: by "thing" and "stuff", in the order of the model's outputs.
@@ -45,6 +46,7 @@ class Description:
     stride_in_1x1: bool | None = None
     weight_standardization: bool | None = None
     standardization: Standardization | None = None
+    standardized_layers: list[str] | None = None
     num_groups: int | dict[str, int] | None = None
     norm_eps: float | None = None
     class_names: dict[str, list[str]] | None = None

@@ -22,8 +22,8 @@ from torch import nn
 from gn_practical import build_model
 from gn_practical.training.checkpoint import GroupsCheckpointer
 from gn_practical.training.checkpoint.files import check_whole, write_checkpoint
-from gn_practical.training.checkpoint.safe_loading import load_torch
 from gn_practical.training.engine import load_cfg
+from gn_practical.weights.safe_loading import load_torch
 
 
 def main() -> None:

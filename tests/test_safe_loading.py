@@ -15,8 +15,8 @@ import yaml
 from torch import nn
 
 from gn_practical.training.checkpoint import GroupsCheckpointer
-from gn_practical.training.checkpoint.safe_loading import load_pickle
 from gn_practical.training.engine import load_cfg
+from gn_practical.weights.safe_loading import load_pickle
 
 
 class Call:
@@ -182,7 +182,7 @@ BY_OPCODES = {
     "numpy's pickles": "numpy.core.multiarray\n_reconstruct.__globals__",
     "dotted": "collections\nOrderedDict.fromkeys.__self__",
     "torch hub": "torch.hub\nload",
-    "ours": "gn_practical.training.checkpoint.safe_loading\nos.system",
+    "ours": "gn_practical.weights.safe_loading\nos.system",
 }
 
 

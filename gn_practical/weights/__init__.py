@@ -1,1 +1,7 @@
 """Weights from elsewhere: reading them, what they need, and what ours say about themselves."""
+
+from gn_practical.weights.description import Description, Standardization
+from gn_practical.weights.placing import names_for
+from gn_practical.weights.read import Weights, read_weights
+
+__all__ = ["Description", "Standardization", "Weights", "names_for", "read_weights"]

@@ -31,6 +31,7 @@ class Description:
         standardization: how they do.
         standardized_layers: paths of the convolutions that do, where known.
         num_groups: of all group norms, or {path of the norm: groups}.
+        norm: kind of the backbone's norms, "GN" or "BN" (frozen ones too).
         norm_eps: epsilon of the norms.
         class_names: by "thing" and "stuff", in the order of the model's outputs.
         resize: ``INPUT``'s keys of the size at test time.
@@ -48,6 +49,7 @@ class Description:
     standardization: Standardization | None = None
     standardized_layers: list[str] | None = None
     num_groups: int | dict[str, int] | None = None
+    norm: str | None = None
     norm_eps: float | None = None
     class_names: dict[str, list[str]] | None = None
     resize: dict[str, Any] | None = None

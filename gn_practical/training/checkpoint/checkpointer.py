@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from gn_practical.layers.protocol import BindableNorm
 from gn_practical.training.checkpoint import files
 from gn_practical.training.checkpoint.finite_weights import require_finite_weights
-from gn_practical.training.checkpoint.safe_loading import load_pickle, load_torch
 from gn_practical.training.checkpoint.snapshot import Snapshot
 from gn_practical.training.ranks import raise_on_all_ranks
+from gn_practical.weights.safe_loading import load_pickle, load_torch
 
 # torchvision's names of a ResNet's parts, and Detectron2's.
 _TORCHVISION_NAMES = (
@@ -39,7 +39,7 @@ class GroupsCheckpointer(DetectionCheckpointer):
     Saving takes a snapshot in host memory and writes it in the background; the file is there whole
     or not at all (:mod:`.files`). A save that fails, on a full disk, is logged, and training goes
     on to the next one. Resuming takes the newest checkpoint that is whole. Nothing that is read
-    can run code (:mod:`.safe_loading`).
+    can run code (:mod:`gn_practical.weights.safe_loading`).
 
     A model that runs with other groups than it was trained with computes something else with the
     same weights: an error on resume, a warning for weights to fine-tune.

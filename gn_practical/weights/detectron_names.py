@@ -1,0 +1,83 @@
+"""The blob names of Detectron and Caffe2, and the names of pycls."""
+
+import re
+from collections.abc import Mapping
+
+from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
+from torch import Tensor
+
+_VALUES = r"(weight|bias|running_mean|running_var)"
+_PYCLS_RESNET = (
+    (r"stem\.conv\.weight", "stem.conv1.weight"),
+    (rf"stem\.bn\.{_VALUES}", r"stem.conv1.norm.\1"),
+    (r"s(\d)\.b(\d+)\.f\.([abc])\.weight", r"res\1.\2.conv\3.weight"),
+    (rf"s(\d)\.b(\d+)\.f\.([abc])_bn\.{_VALUES}", r"res\1.\2.conv\3.norm.\4"),
+    (r"s(\d)\.b(\d+)\.proj\.weight", r"res\1.\2.shortcut.weight"),
+    (rf"s(\d)\.b(\d+)\.(?:bn|proj_bn)\.{_VALUES}", r"res\1.\2.shortcut.norm.\3"),
+    (r"head\.fc\.(weight|bias)", r"linear.\1"),
+)
+
+
+def are_blobs(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the names are Caffe2's: ``res2_0_branch2a_w``, ``conv1_gn_s``.
+
+    Args:
+        tensors: by the names of the file.
+    """
+    return any(re.match(r"res\d+_\d+_branch\w+_w$", key) for key in tensors)
+
+
+def from_blobs(blobs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename Caffe2's blobs as Detectron2 does, with the background's class put last.
+
+    Args:
+        blobs: by Caffe2's names; momenta are left out.
+
+    Returns:
+        Weights for Detectron2's matching heuristics, which complete their prefixes.
+    """
+    kept = {key: each for key, each in blobs.items() if not key.endswith("_momentum")}
+    renamed, _ = convert_c2_detectron_names(kept)
+    return renamed
+
+
+def blob_source(blobs: Mapping[str, Tensor]) -> str:
+    """Return which of Detectron's backbones the blobs are, a key of ``SOURCES``.
+
+    Args:
+        blobs: by Caffe2's names.
+    """
+    if "res2_0_branch2a_gn_s" in blobs:
+        return "detectron_gn"
+    middle = blobs.get("res2_0_branch2b_w")
+    grouped = middle is not None and middle.shape[0] != middle.shape[1]
+    return "detectron_resnext" if grouped else "detectron_msra"
+
+
+def from_pycls_resnet(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Rename a ResNet of pycls; None for its other networks, whose names Detectron2 has too.
+
+    Args:
+        tensors: by pycls's names.
+    """
+    stem = tensors.get("stem.conv.weight")
+    if stem is None or tuple(stem.shape[2:]) != (7, 7):
+        return None
+    renamed = {}
+    for key, value in tensors.items():
+        new = next((re.sub(p, n, key) for p, n in _PYCLS_RESNET if re.fullmatch(p, key)), None)
+        if new is not None:
+            renamed[_count_like_detectron2(new)] = value
+    return renamed
+
+
+def _count_like_detectron2(name: str) -> str:
+    """Blocks count from 1 in pycls, stages one less, and convolutions are letters."""
+    return re.sub(
+        r"^res(\d)\.(\d+)\.(conv[abc]|shortcut)",
+        lambda match: (
+            f"res{int(match[1]) + 1}.{int(match[2]) - 1}."
+            + match[3].replace("conva", "conv1").replace("convb", "conv2").replace("convc", "conv3")
+        ),
+        name,
+    )

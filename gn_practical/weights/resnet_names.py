@@ -1,0 +1,130 @@
+"""ResNets in torchvision's names, which timm, MMCV's family, MoCo, DINO and others share."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+# The first convolution of the first block tells where a ResNet lies in a file.
+_FIRST = re.compile(r"(.*?)layer1\.0\.conv1\.weight")
+# Of several networks in one file, the one that its authors go on with.
+_PREFERRED = (
+    *("module.encoder_q.", "module.base_encoder.", "teacher.backbone.", "module.teacher.backbone."),
+    *("module.backbone.", "backbone.", "module.", ""),
+)
+_VALUES = r"(weight|bias|running_mean|running_var)"
+_NAMES = (
+    (r"conv1\.weight", "stem.conv1.weight"),
+    (r"layer(\d)\.(\d+)\.(conv\d)\.weight", r"res\1.\2.\3.weight"),
+    (rf"layer(\d)\.(\d+)\.(?:bn|gn)(\d)\.{_VALUES}", r"res\1.\2.conv\3.norm.\4"),
+    (r"layer(\d)\.(\d+)\.downsample\.0\.weight", r"res\1.\2.shortcut.weight"),
+    (rf"layer(\d)\.(\d+)\.downsample\.1\.{_VALUES}", r"res\1.\2.shortcut.norm.\3"),
+    (r"fc\.(weight|bias)", r"linear.\1"),
+)
+_BASIC_STEM = ((rf"(?:bn|gn)1\.{_VALUES}", r"stem.conv1.norm.\1"),)
+# Three convolutions, as in timm's conv1 and in MMPretrain's stem; Detectron2's DeepLabStem.
+_DEEP_STEM = (
+    (r"(?:conv1|stem)\.0\.weight", "stem.conv1.weight"),
+    (rf"(?:conv1|stem)\.1\.{_VALUES}", r"stem.conv1.norm.\1"),
+    (r"(?:conv1|stem)\.3\.weight", "stem.conv2.weight"),
+    (rf"(?:conv1|stem)\.4\.{_VALUES}", r"stem.conv2.norm.\1"),
+    (r"(?:conv1|stem)\.6\.weight", "stem.conv3.weight"),
+    (rf"(?:(?:bn|gn)1|stem\.7)\.{_VALUES}", r"stem.conv3.norm.\1"),
+)
+
+
+@dataclass(frozen=True)
+class ResNetNames:
+    """Where a ResNet lies in a file, and what Detectron2 calls its parts.
+
+    Attributes:
+        prefix: of the ResNet's names in the file.
+        renamed: {name in the file without the prefix: Detectron2's name}.
+        deep_stem: whether the stem has three convolutions.
+        norm: "BN" or "GN".
+        norm_names: "bn" or "gn".
+    """
+
+    prefix: str
+    renamed: dict[str, str]
+    deep_stem: bool
+    norm: str
+    norm_names: str
+
+
+def find_resnet(tensors: Mapping[str, Tensor], prefix: str | None = None) -> ResNetNames | None:
+    """Find a ResNet in torchvision's names; None if there is none.
+
+    Args:
+        tensors: by the names of the file.
+        prefix: look there alone.
+
+    Raises:
+        ValueError: for a ResNet that Detectron2's cannot express, with the reason.
+    """
+    found = [match[1] for key in tensors if (match := _FIRST.fullmatch(key))]
+    if prefix is not None:
+        found = [each for each in found if each == prefix]
+    if not found:
+        return None
+    prefix = min(found, key=lambda p: (_PREFERRED.index(p) if p in _PREFERRED else 99, len(p), p))
+    inside = {
+        key.removeprefix(prefix): each for key, each in tensors.items() if key.startswith(prefix)
+    }
+    deep = "conv1.0.weight" in inside or "stem.0.weight" in inside
+    _check_shortcuts(inside)
+    renamed = _rename(inside, deep)
+    norm_names = "gn" if "layer1.0.gn1.weight" in inside else "bn"
+    norm = "BN" if f"layer1.0.{norm_names}1.running_mean" in inside else "GN"
+    names = ResNetNames(prefix, renamed, deep, norm, norm_names)
+    _check_stem({renamed[key]: each for key, each in inside.items() if key in renamed}, deep)
+    return names
+
+
+def _rename(inside: Mapping[str, Tensor], deep: bool) -> dict[str, str]:
+    patterns = _NAMES + (_DEEP_STEM if deep else _BASIC_STEM)
+    renamed = {}
+    for key in inside:
+        new = next((re.sub(p, n, key) for p, n in patterns if re.fullmatch(p, key)), None)
+        if new is not None:
+            renamed[key] = re.sub(r"^res(\d)", lambda match: f"res{int(match[1]) + 1}", new)
+        elif re.match(r"layer\d\.", key) and not key.endswith("num_batches_tracked"):
+            raise ValueError(
+                f"a ResNet's block must have the parts of Detectron2's, got {key} of shape "
+                f"{tuple(inside[key].shape)}. Such a network (squeeze and excitation, attention, "
+                "split convolutions, biases) needs a backbone of its own."
+            )
+    return renamed
+
+
+def _check_shortcuts(inside: Mapping[str, Tensor]) -> None:
+    for key, value in inside.items():
+        if re.fullmatch(r"layer\d\.\d+\.downsample\.1\.weight", key) and value.dim() == 4:
+            raise ValueError(
+                "a ResNet's shortcut must be a convolution with its norm, got one that averages "
+                f"2x2 pixels before it ({key}; timm's d and t variants, MMPretrain's V1d). "
+                "Detectron2's ResNet has no such shortcut; take the variant without it (timm's "
+                "resnet50, resnet50_gn, resnet50c, resnet50s)."
+            )
+
+
+def _check_stem(state: Mapping[str, Tensor], deep: bool) -> None:
+    if "stem.conv1.weight" not in state:
+        raise ValueError(
+            "a ResNet must have its first convolution, got none in conv1 or stem. Load the whole "
+            "file of its authors."
+        )
+    shapes = [tuple(each.shape) for key, each in state.items() if each.dim() == 4 and "stem" in key]
+    if not deep and shapes[0][2:] != (7, 7):
+        raise ValueError(
+            f"a ResNet's stem must be a 7x7 convolution, got conv1 of shape {shapes[0]}. "
+            "Detectron2's BasicStem has no other, so such a network needs a backbone of its own."
+        )
+    if deep:
+        widths = sorted(shape[0] for shape in shapes)
+        if widths[0] != widths[1] or widths[2] != 2 * widths[0]:
+            raise ValueError(
+                "a deep stem must have widths w, w, 2w as Detectron2's DeepLabStem, got "
+                f"{', '.join(map(str, widths))} (timm's tiered stem). Take another variant."
+            )

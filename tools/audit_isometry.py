@@ -92,7 +92,7 @@ def audit(args: argparse.Namespace) -> None:
     blocks = find_unit_blocks(model)
     for choice in args.groups:  # before weights and data are read
         choose_groups(choice, blocks)
-    GroupsCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    GroupsCheckpointer(model, cfg=cfg).load(cfg.MODEL.WEIGHTS)
     batches = synthetic_batches(cfg, args) if args.synthetic else real_batches(cfg, args)
     rows = audit_isometry(model.train(), batches, groups=args.groups, seed=args.seed, progress=True)
     folder = os.path.join(cfg.OUTPUT_DIR, "audit")

@@ -133,6 +133,7 @@ def _other_values(trained: Description, present: Description) -> Iterator[str]:
         ("INPUT.FORMAT", trained.input_format, present.input_format, _unequal),
         ("MODEL.PIXEL_MEAN", trained.pixel_mean, present.pixel_mean, _other_pixels),
         ("MODEL.PIXEL_STD", trained.pixel_std, present.pixel_std, _other_pixels),
+        ("norms of the backbone", trained.norm, present.norm, _unequal),
         (of_bottlenecks, trained.stride_in_1x1, present.stride_in_1x1, _unequal),
         ("eps of the norms", trained.norm_eps, present.norm_eps, _far),
     ):

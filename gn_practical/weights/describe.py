@@ -1,6 +1,6 @@
 """The description of a model and its config, as its checkpoints carry it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -18,13 +18,12 @@ _PACKAGES = ("gn_practical", "torch", "torchvision", "detectron2", "sal-detectro
 _RESIZE = ("MIN_SIZE_TEST", "MAX_SIZE_TEST")
 
 
-def describe(model: nn.Module, cfg: CfgNode | None = None) -> Description:
-    """Describe a model as it is now, and its config.
+def describe(model: nn.Module, of_config: Mapping[str, Any] | None = None) -> Description:
+    """Describe a model as it is now.
 
     Args:
         model: any module.
-        cfg: its config, for what the modules do not tell: order of the input's channels, sizes,
-            classes, rule. Reading it here does not count as a use of its keys.
+        of_config: what the modules do not tell, by :func:`describe_config`.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8, eps=1e-6))
@@ -42,26 +41,57 @@ def describe(model: nn.Module, cfg: CfgNode | None = None) -> Description:
         weight_standardization=bool(standardized),
         standardization=Standardization() if standardized else None,
         standardized_layers=standardized,
+        norm=_only(_norm_kinds(model.get_submodule(trunk_of(modules)))),
         num_groups={path: g for path, each in modules.items() if (g := norm_groups(each))},
         norm_eps=_only(each.eps for each in modules.values() if norm_channels(each)),
         versions=_versions(),
     )
-    return described if cfg is None else replace(described, **_of_config(cfg))
+    return replace(described, **(of_config or {}))
 
 
-def _of_config(cfg: CfgNode) -> dict[str, Any]:
-    text = cfg.dump()
-    keys = yaml.safe_load(text)
+def describe_config(cfg: CfgNode, split: str = "TRAIN") -> dict[str, Any]:
+    """Return the fields of a description that a config tells: input, classes, rule, itself.
+
+    Reading it here does not count as a use of its keys.
+
+    Args:
+        cfg: a complete config.
+        split: which of the config's data sets to take the classes from, "TRAIN" or "TEST".
+    """
+    keys = yaml.safe_load(cfg.dump())
+    keys.pop("OUTPUT_DIR")  # of this machine
     pgn = keys["MODEL"].get("PGN")
     return {
         "input_format": keys["INPUT"]["FORMAT"],
         "pixel_mean": tuple(keys["MODEL"]["PIXEL_MEAN"]),
         "pixel_std": tuple(keys["MODEL"]["PIXEL_STD"]),
-        "class_names": _class_names((*keys["DATASETS"]["TRAIN"], *keys["DATASETS"]["TEST"])),
+        "class_names": _class_names(keys["DATASETS"][split]),
         "resize": {key: keys["INPUT"][key] for key in _RESIZE},
         "rule": pgn and (str(pgn["NUM_GROUPS"]) if pgn["NUM_GROUPS"] else pgn["RULE"]),
-        "config": text,
+        "config": yaml.safe_dump(keys, sort_keys=False),
     }
+
+
+def trunk_of(paths: Iterable[str]) -> str:
+    """Return the path of a detector's backbone, "" for a model that has none.
+
+    Example:
+        >>> trunk_of(["backbone.bottom_up.stem.conv1.weight", "roi_heads.box_head.fc1.weight"])
+        'backbone.bottom_up'
+    """
+    paths = list(paths)
+    found = (t for t in ("backbone.bottom_up", "backbone") if any(_in(p, t) for p in paths))
+    return next(found, "")
+
+
+def _in(path: str, outer: str) -> bool:
+    return f"{path}.".startswith(f"{outer}.")
+
+
+def _norm_kinds(model: nn.Module) -> Iterable[str]:
+    for module in model.modules():
+        if norm_channels(module):
+            yield "GN" if norm_groups(module) else "BN"
 
 
 def _class_names(datasets: Iterable[str]) -> dict[str, list[str]] | None:

@@ -5,7 +5,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Size, nn
+from torch import Size, Tensor, nn
+
+from gn_practical.weights.describe import trunk_of
 
 MIN_SHARE = 0.9  # of a backbone's parameters
 _NAMED = 3
@@ -37,11 +39,7 @@ class Filling:
 
     def __str__(self) -> str:
         """Say it in one line."""
-        trunk = f" ({self.trunk} {_percent(self.trunk_share)})" if self.trunk else ""
-        text = (
-            f"{_percent(self.model_share)} of the model{trunk} filled, "
-            f"{_percent(self.file_share)} of the file used."
-        )
+        text = f"{self.shares_text()}."
         if self.shapes:
             text += f" Of another shape: {self.shapes_text()}."
         if self.missing:
@@ -49,6 +47,14 @@ class Filling:
         if self.unused:
             text += f" Not used: {_by_part(self.unused)}."
         return text
+
+    def shares_text(self) -> str:
+        """Say what share of model, backbone and file took part."""
+        trunk = f" ({self.trunk} {_percent(self.trunk_share)})" if self.trunk else ""
+        return (
+            f"{_percent(self.model_share)} of the model{trunk} filled, "
+            f"{_percent(self.file_share)} of the file used"
+        )
 
     def shapes_text(self) -> str:
         """Name tensors of another shape, with both."""
@@ -58,18 +64,20 @@ class Filling:
         ]
         return ", ".join(named) + _more(self.shapes)
 
-    def nearest_text(self) -> str:
-        """Name a few tensors that are not filled, each with the nearest name that is not used."""
+    def mismatch_text(self) -> str:
+        """Name a few tensors of the backbone that are not filled, with the nearest of the file."""
         named = []
-        for name in self.missing[:_NAMED]:
+        missing = [name for name in self.missing if name.startswith(self.trunk)]
+        for name in missing[:_NAMED]:
             near = difflib.get_close_matches(name, self.unused, n=1, cutoff=0.0)
             named.append(f"{name} (nearest in the file: {near[0]})" if near else name)
-        return ", ".join(named) + _more(self.missing)
+        shapes = f"Of another shape: {self.shapes_text()}. " if self.shapes else ""
+        return f"{shapes}Not in the file: {', '.join(named)}{_more(missing)}." if named else shapes
 
 
 def report_filling(
     model: nn.Module,
-    file: Mapping[str, Size],
+    file: Mapping[str, Tensor],
     missing: Sequence[str],
     unused: Sequence[str],
 ) -> Filling:
@@ -77,13 +85,13 @@ def report_filling(
 
     Args:
         model: after the file was loaded.
-        file: shapes of the file's tensors, by the names that the model has.
+        file: its tensors, by the names of the model where it has them.
         missing: names that it did not fill, those of another shape among them.
         unused: names that the model has not.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2, bias=False))
-        >>> file = {"0.weight": Size([3, 3]), "0.bias": Size([3]), "1.weight": Size([4, 3])}
+        >>> file = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 4, bias=False)).state_dict()
         >>> print(report_filling(model, file, ["1.weight"], []))
         66.7 % of the model filled, 50.0 % of the file used. Of another shape: 1.weight (4×3 in \
 the file, 2×3 in the model).
@@ -93,32 +101,37 @@ the file, 2×3 in the model).
     # A tensor may have two names, of which the file need have one.
     filled = {id(tensor) for name, tensor in state.items() if name not in not_filled}
     missing = [name for name in missing if name in state and id(state[name]) not in filled]
-    shapes = {n: (file[n], state[n].shape) for n in missing if n in file}
-    trunk = next((t for t in ("backbone.bottom_up", "backbone") if _has(state, t)), "")
+    reshaped = {n: other for n in missing if (other := _of_another_shape(n, state[n], file))}
+    trunk = trunk_of(state)
 
     def share(prefix: str) -> float:
         sizes = {id(v): v.numel() for k, v in state.items() if k.startswith(prefix)}
         return sum(n for i, n in sizes.items() if i in filled) / max(1, sum(sizes.values()))
 
-    sizes = {name: shape.numel() for name, shape in file.items() if _counts(name)}
+    sizes = {name: tensor.numel() for name, tensor in file.items() if _counts(name)}
     used = sum(n for name, n in sizes.items() if name in state and name not in not_filled)
     return Filling(
         model_share=share(""),
         trunk=trunk,
         trunk_share=share(trunk and f"{trunk}."),
         file_share=used / max(1, sum(sizes.values())),
-        missing=[name for name in missing if name not in shapes],
-        unused=[name for name in unused if _counts(name)],
-        shapes=shapes,
+        missing=[name for name in missing if name not in reshaped],
+        unused=[n for n in unused if _counts(n) and n not in reshaped.values()],
+        shapes={n: (file[other].shape, state[n].shape) for n, other in reshaped.items()},
     )
+
+
+def _of_another_shape(name: str, tensor: Tensor, file: Mapping[str, Tensor]) -> str | None:
+    """Return the file's tensor of a name and another shape.
+
+    Detectron2's matching of suffixes leaves its name as it is in the file.
+    """
+    ends = (name.split(".", cut)[-1] for cut in range(name.count(".") + 1))
+    return next((e for e in ends if e in file and file[e].shape != tensor.shape), None)
 
 
 def _counts(name: str) -> bool:
     return not any(part in name for part in _IGNORED)
-
-
-def _has(state: Mapping[str, object], path: str) -> bool:
-    return any(name.startswith(f"{path}.") for name in state)
 
 
 def _by_part(names: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ def picture(size=64):
 
 def normalized(rgb):
     """As torchvision's transforms do: 0 to 1, then mean and std in RGB."""
-    mean, std = (torch.tensor(each)[:, None, None] for each in (MEAN, STD))
+    mean, std = (torch.tensor(each, dtype=rgb.dtype)[:, None, None] for each in (MEAN, STD))
     return ((rgb / 255 - mean) / std)[None]
 
 

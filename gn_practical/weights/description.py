@@ -71,3 +71,33 @@ class Description:
             if known.get(key) is not None:
                 known[key] = tuple(known[key])
         return cls(**known)
+
+    def with_values(self, values: dict[str, Any]) -> "Description":
+        """Return this description with what a user knows.
+
+        Args:
+            values: {field, or "standardization.eps" and its like: value}.
+
+        Raises:
+            ValueError: for another key.
+
+        Example:
+            >>> known = Description().with_values({"standardization.eps": 1e-6})
+            >>> known.standardization.eps
+            1e-06
+        """
+        inner = {key.partition(".")[2]: each for key, each in values.items() if "." in key}
+        outer = {key: each for key, each in values.items() if "." not in key}
+        known = {f"standardization.{key}" for key in Standardization.__dataclass_fields__}
+        unknown = sorted(set(values) - known - set(self.__dataclass_fields__))
+        if unknown:
+            names = ", ".join([*self.__dataclass_fields__, *sorted(known)])
+            raise ValueError(
+                f"what is described must be one of {names}, got {', '.join(unknown)}. Correct it."
+            )
+        if inner:
+            outer["standardization"] = {
+                **asdict(self.standardization or Standardization()),
+                **inner,
+            }
+        return Description.from_dict({**self.to_dict(), **outer})

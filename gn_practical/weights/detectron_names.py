@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 
+import torch
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 from torch import Tensor
 
@@ -37,8 +38,22 @@ def from_blobs(blobs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         Weights for Detectron2's matching heuristics, which complete their prefixes.
     """
     kept = {key: each for key, each in blobs.items() if not key.endswith("_momentum")}
-    renamed, _ = convert_c2_detectron_names(kept)
+    renamed, names = convert_c2_detectron_names(kept)
+    for key, blob in names.items():
+        if blob.endswith("_bn_s"):
+            _add_statistics(renamed, key.removesuffix("weight"))
     return renamed
+
+
+def _add_statistics(state: dict[str, Tensor], prefix: str) -> None:
+    """Let a frozen batch norm compute ``x * weight + bias``, which is what an affine blob means.
+
+    Without statistics Detectron2 takes the variance for 1, and then adds eps.
+    """
+    if f"{prefix}running_var" not in state:
+        weight = state[f"{prefix}weight"]
+        state[f"{prefix}running_mean"] = torch.zeros_like(weight)
+        state[f"{prefix}running_var"] = torch.ones_like(weight) - 1e-5
 
 
 def blob_source(blobs: Mapping[str, Tensor]) -> str:

@@ -87,8 +87,8 @@ def _layers(dicts: list[dict[str, Any]]) -> dict[str, Any]:
     norm = backbone.get("norm_cfg")
     if isinstance(norm, dict) and isinstance(norm.get("type"), str):
         known["norm"] = re.sub(r"^(SyncBN|MMSyncBN)$", "BN", norm["type"])
-        if norm["type"] == "GN":
-            known["num_groups"] = norm.get("num_groups")
+        if isinstance(norm.get("num_groups"), int):
+            known["num_groups"] = norm["num_groups"]
         known["norm_eps"] = norm.get("eps", 1e-5)
     convolution = backbone.get("conv_cfg")
     if backbone and convolution is not _UNKNOWN:

@@ -139,7 +139,7 @@ def _resnet(contents: Contents, names: ResNetNames, source: str | None) -> Weigh
         # A projection, not a classifier.
         state = {key: each for key, each in state.items() if not key.startswith("linear.")}
     used = {names.prefix + key for key, new in names.renamed.items() if new in state}
-    description = replace(description, **described, norm=names.norm)
+    description = replace(description, **{**described, "norm": names.norm})
     return Weights(state, description, notes=notes, unused=_unused(contents.tensors, used))
 
 
@@ -167,7 +167,7 @@ def _mmdetection(contents: Contents, source: str | None) -> Weights:
     described = mm_config.described_by(contents.beside)
     decided = [each for each in candidates if _agrees(each, described)] if described else []
     description, notes = _choose(decided or candidates, contents, source)
-    description = replace(description, **described, norm=names.norm)
+    description = replace(description, **{**described, "norm": names.norm})
     bottom_up = "backbone.bottom_up." if _has_fpn(heads) else "backbone."
     resnet = _renamed(contents.tensors, names)
     state = {bottom_up + key: each for key, each in resnet.items()}

@@ -28,8 +28,8 @@ Examples:
         DATASETS.COCO_INSTANCES '[("my_train", "images", "train.json")]' \\
         DATASETS.TRAIN '("my_train",)' MODEL.ROI_HEADS.NUM_CLASSES 3
 
-The weights are those of MODEL.WEIGHTS, from which training would start; MODEL.WEIGHTS "" gives
-random ones. Results: OUTPUT_DIR/audit/audit.txt, .json, .csv and .png.
+The weights are those of MODEL.WEIGHTS, from which training would start, or of --checkpoint;
+MODEL.WEIGHTS "" gives random ones. Results: OUTPUT_DIR/audit/audit.txt, .json, .csv and .png.
 """
 
 
@@ -43,7 +43,11 @@ def parse_args() -> argparse.Namespace:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--config-file", metavar="FILE")
+    model.add_argument(
+        "--checkpoint", metavar="FILE", help="one of a training here, with its config and weights"
+    )
     parser.add_argument(
         "--groups",
         nargs="+",
@@ -103,6 +107,7 @@ def audit(args: argparse.Namespace) -> None:
 def read_config(args: argparse.Namespace) -> "CfgNode":
     """Read the config, with a small batch of small images unless the overrides say otherwise."""
     from gn_practical.training.engine import load_cfg
+    from gn_practical.weights.stored import merge_stored_config
 
     size = str(args.image_size)
     small = [
@@ -112,7 +117,10 @@ def read_config(args: argparse.Namespace) -> "CfgNode":
         *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "64"),
         *("DATALOADER.NUM_WORKERS", "0", "DATASETS.TEST", "()", "SEED", str(args.seed)),
     ]
-    return load_cfg(args.config_file, small + args.opts)
+    if not args.checkpoint:
+        return load_cfg(args.config_file, small + args.opts)
+    opts = [*small, "MODEL.WEIGHTS", args.checkpoint, *args.opts]
+    return load_cfg("", opts, add_config=lambda cfg: merge_stored_config(cfg, args.checkpoint))
 
 
 def real_batches(cfg: "CfgNode", args: argparse.Namespace) -> list[Any]:

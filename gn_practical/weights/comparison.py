@@ -5,11 +5,11 @@ from math import isclose
 from statistics import median
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gn_practical.modeling.binding import find_producers
 from gn_practical.weights.description import Description, Standardization
+from gn_practical.weights.folding import standardized
 
 _GREY_LEVELS = 0.5  # by which means and deviations of pixels may differ
 _RELATIVE = 1e-3  # by which standardized weights and eps may; bfloat16 makes more
@@ -77,23 +77,6 @@ def class_differences(trained: Description, present: Description) -> list[str]:
     return found
 
 
-def standardize(weight: Tensor, definition: Standardization | None) -> Tensor:
-    """Standardize each filter of a weight by any definition, for None not at all.
-
-    Example:
-        >>> weight = torch.randn(8, 4, 3, 3)
-        >>> standard = standardize(weight, Standardization())
-        >>> standard.flatten(1).std(1).allclose(torch.ones(8), atol=1e-4)
-        True
-    """
-    if definition is None:
-        return weight
-    correction, eps = 0 if definition.biased else 1, definition.eps
-    std, mean = torch.std_mean(weight.flatten(1), 1, correction=correction, keepdim=True)
-    divisor = (std.square() + eps).sqrt() if definition.eps_under_root else std + eps
-    return ((weight.flatten(1) - mean) / divisor).view_as(weight)
-
-
 def _other_groups(trained: Description, groups: dict[str, int]) -> Iterator[str]:
     before = {path: _of_layer(trained.num_groups, path) for path in groups}
     other = {p: (before[p], groups[p]) for p in groups if before[p] not in (None, groups[p])}
@@ -119,7 +102,8 @@ def _other_standardization(
             f"other weight standardization in {_layers(switched)}, MODEL.WS: it changes the "
             f"weights by {middle:.2g} % (median of these layers) to {most:.2g} %"
         )
-    middle, most = _change((weights[path] for path in now if path in was), old, new)
+    kept = [weights[path] for path in now if path in was and old != new]
+    middle, most = _change(kept, old, new)
     if most > 100 * _RELATIVE:
         yield (
             f"weight standardization by {_formula(new)} ({_formula(old)} in the checkpoint): it "
@@ -148,12 +132,12 @@ def _normalized_convolutions(model: nn.Module, filled: Mapping[str, Tensor]) -> 
         for each in find_producers(model)
         if isinstance(each.layer, nn.Conv2d) and each.layer.weight[0].numel() > 1
     }
-    return {path: weight.float() for path, weight in weights.items() if weight is not None}
+    return {path: weight.double() for path, weight in weights.items() if weight is not None}
 
 
 def _is_standardized(description: Description, path: str) -> bool:
-    if description.standardized_layers is None:  # then all that a norm follows are, or none
-        return bool(description.weight_standardization)
+    if not description.weight_standardization or description.standardized_layers is None:
+        return bool(description.weight_standardization)  # of all that a norm follows
     return bool(_of_layer(dict.fromkeys(description.standardized_layers, True), path))
 
 
@@ -175,7 +159,7 @@ def _change(
     """
     changes = [0.0]
     for weight in weights:
-        before, after = (standardize(weight, each) for each in (old, new))
+        before, after = (standardized(weight, each) if each else weight for each in (old, new))
         if new is None:
             after = after * (before * after).sum() / after.square().sum()
         change = (before - after).norm() / before.norm()

@@ -49,23 +49,22 @@ def describe(model: nn.Module, of_config: Mapping[str, Any] | None = None) -> De
     return replace(described, **(of_config or {}))
 
 
-def describe_config(cfg: CfgNode, split: str = "TRAIN") -> dict[str, Any]:
+def describe_config(cfg: CfgNode) -> dict[str, Any]:
     """Return the fields of a description that a config tells: input, classes, rule, itself.
 
     Reading it here does not count as a use of its keys.
 
     Args:
         cfg: a complete config.
-        split: which of the config's data sets to take the classes from, "TRAIN" or "TEST".
     """
-    keys = yaml.safe_load(cfg.dump())
+    keys = _plain(cfg)
     keys.pop("OUTPUT_DIR")  # of this machine
     pgn = keys["MODEL"].get("PGN")
     return {
         "input_format": keys["INPUT"]["FORMAT"],
         "pixel_mean": tuple(keys["MODEL"]["PIXEL_MEAN"]),
         "pixel_std": tuple(keys["MODEL"]["PIXEL_STD"]),
-        "class_names": _class_names(keys["DATASETS"][split]),
+        "class_names": class_names(keys["DATASETS"]["TRAIN"]),
         "resize": {key: keys["INPUT"][key] for key in _RESIZE},
         "rule": pgn and (str(pgn["NUM_GROUPS"]) if pgn["NUM_GROUPS"] else pgn["RULE"]),
         "config": yaml.safe_dump(keys, sort_keys=False),
@@ -94,8 +93,12 @@ def _norm_kinds(model: nn.Module) -> Iterable[str]:
             yield "GN" if norm_groups(module) else "BN"
 
 
-def _class_names(datasets: Iterable[str]) -> dict[str, list[str]] | None:
-    """Return the classes of the first data set that has any."""
+def _plain(cfg: CfgNode) -> dict[str, Any]:
+    return {k: _plain(v) if isinstance(v, CfgNode) else v for k, v in dict.items(cfg)}
+
+
+def class_names(datasets: Iterable[str]) -> dict[str, list[str]] | None:
+    """Return the classes of the first data set that has any, by "thing" and "stuff"."""
     for name in datasets:
         metadata = MetadataCatalog.get(name) if name in MetadataCatalog else None
         names = {

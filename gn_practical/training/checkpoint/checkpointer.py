@@ -4,6 +4,7 @@ import os
 import time
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlparse
 
@@ -17,15 +18,14 @@ from gn_practical.training.checkpoint import files
 from gn_practical.training.checkpoint.finite_weights import require_finite_weights
 from gn_practical.training.checkpoint.loading import (
     Purpose,
-    check_description,
+    check_loaded,
     place,
-    report_and_check,
 )
 from gn_practical.training.checkpoint.snapshot import Snapshot
 from gn_practical.training.ranks import raise_on_all_ranks
 from gn_practical.weights import read_weights
-from gn_practical.weights.describe import describe, describe_config
-from gn_practical.weights.report import MIN_SHARE, report_filling
+from gn_practical.weights.describe import class_names, describe, describe_config
+from gn_practical.weights.report import MIN_SHARE
 from gn_practical.weights.safe_loading import load_torch
 
 FINAL = "model_final"
@@ -271,16 +271,12 @@ class GroupsCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         weights = checkpoint.pop("weights")
         state = place(self.model, weights)
-        given = {**state, **{name: weights.in_file[name] for name in weights.unused}}
-        incompatible = super()._load_model({"model": state})
-        missing, unused = incompatible.missing_keys, incompatible.unexpected_keys
-        filled = {k: v for k, v in given.items() if k not in {*missing, *unused, *weights.unused}}
-        filling = report_filling(self.model, given, missing, [*unused, *weights.unused])
+        incompatible = super()._load_model({"model": dict(state)})
+        present = describe(self.model, self._of_config)
+        if self._cfg and self._evaluation:
+            present = replace(present, class_names=class_names(self._cfg.DATASETS.TEST))
         purpose = self._purpose()
-        report_and_check(self._path, weights, filling, purpose)
-        split = "TEST" if purpose.name == "evaluation" else "TRAIN"
-        present = describe(self.model, self._cfg and describe_config(self._cfg, split))
-        check_description(self._path, weights.description, present, self.model, filled, purpose)
+        check_loaded(self._path, weights, state, self.model, incompatible, present, purpose)
         return incompatible
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:

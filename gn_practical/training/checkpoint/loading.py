@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from gn_practical.layers.protocol import BindableNorm
 from gn_practical.weights import Description, Weights, names_for
 from gn_practical.weights.comparison import class_differences, differences
-from gn_practical.weights.report import MIN_SHARE, Filling
+from gn_practical.weights.report import MIN_SHARE, Filling, report_filling
 
 _logger = logging.getLogger(__name__)
 # Lists of names, which logs keep and consoles do not show.
@@ -54,19 +55,41 @@ def place(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
     return state
 
 
-def report_and_check(path: str, weights: Weights, filling: Filling, purpose: Purpose) -> None:
-    """Say in one line what was filled; raise where it is too little.
+def check_loaded(
+    path: str,
+    weights: Weights,
+    placed: Mapping[str, Tensor],
+    model: nn.Module,
+    incompatible: Any,
+    present: Description,
+    purpose: Purpose,
+) -> None:
+    """Say in one line what weights have filled; compare what they were trained with.
 
     Args:
         path: of the weights.
         weights: as they were read.
-        filling: what they filled.
+        placed: what the model was given of them.
+        model: the model, which has taken them.
+        incompatible: what ``load_state_dict`` returned.
+        present: what the model is.
         purpose: what they are loaded for.
 
     Raises:
-        ValueError: if it is less of the backbone than ``min_share``, or, but for training, not
-            all of the model.
+        ValueError: if they fill less of the backbone than ``min_share``; but for training, if they
+            fill not all of the model, or were trained with another model, input or classes.
     """
+    # Names that have no place in a ResNet, unless the model's own names are those of the file.
+    left = {key: weights.in_file[key] for key in weights.unused if key not in placed}
+    missing, unused = incompatible.missing_keys, [*incompatible.unexpected_keys, *left]
+    filling = report_filling(model, {**placed, **left}, missing, unused)
+    _report(path, weights, filling, purpose)
+    not_taken = {*missing, *unused}
+    filled = {key: each for key, each in placed.items() if key not in not_taken}
+    _compare(path, weights.description, present, model, filled, purpose)
+
+
+def _report(path: str, weights: Weights, filling: Filling, purpose: Purpose) -> None:
     notes = "".join(f" {note[0].upper()}{note[1:]}." for note in weights.notes)
     _details.info("Not filled from %s: %s", path, ", ".join(filling.missing) or "nothing")
     _details.info("Not used of %s: %s", path, ", ".join(filling.unused) or "nothing")
@@ -86,7 +109,7 @@ def report_and_check(path: str, weights: Weights, filling: Filling, purpose: Pur
     _logger.info("Weights from %s (%s): %s%s", path, weights.description.source, filling, notes)
 
 
-def check_description(
+def _compare(
     path: str,
     trained: Description,
     present: Description,
@@ -94,19 +117,6 @@ def check_description(
     filled: Mapping[str, Tensor],
     purpose: Purpose,
 ) -> None:
-    """Compare what weights were trained with and the model, its input and, if strict, its classes.
-
-    Args:
-        path: of the weights.
-        trained: what is known of them.
-        present: the model as it is.
-        model: the model.
-        filled: the weights that it took.
-        purpose: what they are loaded for: a difference is a warning before training.
-
-    Raises:
-        ValueError: for a difference on resume and for an evaluation.
-    """
     strict = purpose.name != "training"
     found = differences(trained, present, model, filled)
     found += class_differences(trained, present) if strict else []

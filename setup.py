@@ -18,6 +18,7 @@ EXTRAS = {
         "portalocker>=2",
         "pycocotools>=2.0.8",
         "PyYAML>=6",
+        "safetensors>=0.4",
         "setuptools<81",  # detectron2.model_zoo imports pkg_resources
         "tensorboard>=2.12",
     ],

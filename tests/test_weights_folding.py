@@ -98,6 +98,15 @@ def test_standardization_by_another_definition_folds(tmp_path, into):
     assert_equal(features_here(folded, picture()), wanted)
 
 
+def test_only_layers_that_are_standardized_fold(ws):
+    weights, _ = ws
+    known = replace(weights.description, standardized_layers=["res2.0.conv1"])
+    folded = fold_ws(replace(weights, description=known), "plain")
+    changed = [key for key in weights.state if folded.state[key] is not weights.state[key]]
+    assert changed == ["res2.0.conv1.weight"]
+    assert folded.description.standardized_layers is None
+
+
 def test_definitions_are_their_authors_formulas():
     weight = torch.randn(8, 4, 3, 3) * torch.logspace(-4, 0, 8)[:, None, None, None] + 0.1
     for definition, formula in ((Standardization(), qiao), (BIT, bit)):

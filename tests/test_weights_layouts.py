@@ -1,6 +1,8 @@
 """ResNets in the layouts of Detectron, pycls, jhu, MoCo, DINO, MMPretrain; and what is wrong."""
 
 import pickle
+import re
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -16,6 +18,7 @@ from resnet_references import (
     picture,
     randomize,
 )
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from gn_practical.weights import Standardization, read_weights
 
@@ -140,7 +143,7 @@ def jhu_in_mmcv(folder):
 
 def jhu(folder):
     state, convs, norms = layout("torchvision", "bn", parts=GN_PARTS, prefix="module.")
-    torch.save({"epoch": 90, "state_dict": state}, folder / "R-50-GN-WS.pth.tar")
+    torch.save(state, folder / "R-50-GN-WS.pth.tar")
     model = Functional(convs, group_norm(norms), standardize=qiao)
     return "R-50-GN-WS.pth.tar", model, normalized(picture())
 
@@ -151,10 +154,24 @@ def detectron_in_mmcv(folder):
     return "a.pth", Functional(convs, group_norm(norms)), picture().flip(0) - CAFFE_MEAN
 
 
-def moco(folder):
-    wanted, convs, norms = layout("torchvision", "bn", parts=BN_PARTS, prefix="module.encoder_q.")
+def msra_in_mmcv(folder, fold):
+    state, convs, norms = layout("torchvision", "bn", parts=BN_PARTS)
+    if fold:
+        for key, each in state.items():
+            if key.endswith(("running_mean", "running_var")):
+                each.fill_(key.endswith("var"))
+    else:
+        convs["stem"].div_(58)  # what pictures from 0 to 255 need for such statistics
+    torch.save({"state_dict": state}, folder / "a.pth")
+    model = Functional(convs, batch_norm(norms), stride_in_1x1=True)
+    return "a.pth", model, picture().flip(0) - CAFFE_MEAN
+
+
+def moco(folder, prefix="module."):
+    prefix = f"{prefix}encoder_q."
+    wanted, convs, norms = layout("torchvision", "bn", parts=BN_PARTS, prefix=prefix)
     other = {k.replace("_q", "_k"): torch.zeros_like(v) for k, v in wanted.items()}
-    heads = {"module.queue": torch.zeros(128, 8), "module.encoder_q.fc.weight": torch.zeros(2, 3)}
+    heads = {"queue": torch.zeros(128, 8), f"{prefix}fc.weight": torch.zeros(2, 3)}
     torch.save({"arch": "resnet50", "state_dict": {**other, **wanted, **heads}}, folder / "a.pth")
     return "a.pth", Functional(convs, batch_norm(norms)), normalized(picture())
 
@@ -162,7 +179,8 @@ def moco(folder):
 def dino(folder):
     wanted, convs, norms = layout("torchvision", "bn", parts=BN_PARTS, prefix="module.backbone.")
     other = {key: torch.zeros_like(each) for key, each in wanted.items()}
-    torch.save({"student": other, "teacher": wanted, "epoch": 3}, folder / "a.pth")
+    beside = {"epoch": 3, "args": Namespace(arch="resnet50", lr=0.1)}
+    torch.save({"student": other, "teacher": wanted, **beside}, folder / "a.pth")
     return "a.pth", Functional(convs, batch_norm(norms)), normalized(picture())
 
 
@@ -196,7 +214,10 @@ LAYOUTS = {
     "jhu in MMCV's names": jhu_in_mmcv,
     "mmcv_detectron_gn": detectron_in_mmcv,
     "pycls": pycls,
+    "statistics folded, in MMCV's names": lambda folder: msra_in_mmcv(folder, fold=True),
+    "from 0 to 255, in MMCV's names": lambda folder: msra_in_mmcv(folder, fold=False),
     "moco": moco,
+    "moco without module": lambda folder: moco(folder, ""),
     "dino": dino,
     "mmpretrain": mmpretrain,
     "ema": ema,
@@ -220,7 +241,7 @@ def test_each_layout_has_the_same_features(tmp_path, name):
         assert description.stride_in_1x1 is None  # its configs have either
         description = replace(description, stride_in_1x1=False)
     assert_equal(features_here(weights, picture(), description=description), wanted)
-    if name in ("moco", "dino"):
+    if name.startswith(("moco", "dino")):
         assert not [key for key in weights.state if key.startswith("linear")]
 
 
@@ -268,11 +289,31 @@ def test_keys_of_two_sources_leave_open_what_they_differ_in(tmp_path):
     assert weights.description.input_format is None
     assert weights.description.weight_standardization is None
     assert weights.description.num_groups == 32
-    assert "jhu and of mmcv_detectron_gn" in weights.notes[0]
+    assert "of jhu and of mmcv_detectron_gn and of mmcv_contrib_gn;" in weights.notes[0]
     told = read_weights(str(tmp_path / "a.pth"), "jhu").description
     assert (told.input_format, told.weight_standardization) == ("RGB", True)
-    with pytest.raises(ValueError, match=r"got source=timm_gn .* Choose jhu or mmcv_detectron_gn"):
+    with pytest.raises(
+        ValueError, match=r"got source=timm_gn .* Choose jhu or mmcv_detectron_gn or"
+    ):
         read_weights(str(tmp_path / "a.pth"), "timm_gn")
+
+
+def test_grouped_networks_have_other_sources(tmp_path):
+    for groups, parts, norm, wanted in (
+        (4, GN_PARTS, "gn", "(jhu) or GN ResNeXts of jhu"),
+        (4, BN_PARTS, "bn", "same names or Detectron's ResNeXts"),  # of 32x8d, 8 channels a group
+        (2, BN_PARTS, "bn", "torchvision"),
+    ):
+        state, *_ = layout("torchvision", norm, parts=parts, groups=groups)
+        torch.save(state, tmp_path / "a.pth")
+        description = read_weights(str(tmp_path / "a.pth")).description
+        assert wanted in description.source
+        assert (description.input_format is None) == (groups == 4 and norm == "bn")
+
+
+def test_a_fresh_network_is_torchvision_s(tmp_path):
+    torch.save(ResNet(BasicBlock, [1, 1, 1, 1]).state_dict(), tmp_path / "a.pth")
+    assert read_weights(str(tmp_path / "a.pth")).description.input_format == "RGB"
 
 
 def test_a_name_never_decides_against_the_keys(tmp_path):
@@ -293,3 +334,63 @@ def test_which_of_two_sets_was_taken_is_said(tmp_path, level):
     assert weights.notes[0].startswith(f"taken from {level};")
     with pytest.raises(ValueError, match=r"one of state_dict_ema, state_dict, got level=teacher"):
         read_weights(path, level="teacher")
+
+
+def blob_of(key):
+    """Detectron's name of a tensor of Detectron2's Faster R-CNN with FPN and GN."""
+    key = key.removeprefix("backbone.").removeprefix("bottom_up.").replace("stem.", "")
+    for pattern, blob in (
+        (r"(res\d)\.(\d+)\.", r"\1_\2_"),
+        (r"shortcut\.", "branch1."),
+        (r"_conv([123])\.", lambda m: f"_branch2{'abc'[int(m[1]) - 1]}."),
+        (r"fpn_lateral5\.", "fpn_inner_res5_2_sum."),
+        (r"fpn_lateral(\d)\.", r"fpn_inner_res\1_9_sum_lateral."),
+        (r"fpn_output(\d)\.", r"fpn_res\1_2_sum."),
+        (r"proposal_generator.rpn_head.conv\.", "conv_rpn_fpn2."),
+        (r"proposal_generator.rpn_head.objectness_logits\.", "rpn_cls_logits_fpn2."),
+        (r"proposal_generator.rpn_head.anchor_deltas\.", "rpn_bbox_pred_fpn2."),
+        (r"roi_heads.box_head.conv", "head_conv"),
+        (r"roi_heads.box_head.fc1\.", "fc6."),
+        (r"roi_heads.box_predictor\.", ""),
+        (r"\.norm\.weight", "_gn_s"),
+        (r"\.norm\.bias", "_gn_b"),
+        (r"\.weight", "_w"),
+        (r"\.bias", "_b"),
+    ):
+        key = re.sub(pattern, blob, key)
+    return key
+
+
+def test_a_whole_detector_of_detectron_has_detectron2_s_names(tmp_path):
+    wanted = {}
+    for key, shape in DETECTOR.items():
+        for part in ("weight", "norm.weight", "norm.bias") if "gn" in shape else ("weight", "bias"):
+            wanted[f"{key}.{part}"] = torch.randn(8 if "cls" in key else 28, 2)
+    blobs = {blob_of(key): each.numpy() for key, each in wanted.items()}
+    assert len(blobs) == len(wanted)
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"blobs": blobs}))
+    state = read_weights(str(tmp_path / "a.pkl")).state
+    assert state.keys() == wanted.keys()
+    for key, each in state.items():
+        if "cls_score" in key:  # background was the first class
+            assert torch.equal(each, wanted[key].roll(-1, 0))
+        elif "bbox_pred" in key:  # and had boxes
+            assert torch.equal(each, wanted[key][4:])
+        else:
+            assert torch.equal(each, wanted[key])
+
+
+DETECTOR = {
+    "backbone.bottom_up.stem.conv1": "gn",
+    **{f"backbone.bottom_up.res{i}.0.conv{j}": "gn" for i in (2, 5) for j in (1, 2, 3)},
+    "backbone.bottom_up.res2.0.shortcut": "gn",
+    **{f"backbone.fpn_{kind}{i}": "gn" for kind in ("lateral", "output") for i in (2, 3, 4, 5)},
+    **{f"roi_heads.box_head.conv{i}": "gn" for i in (1, 2, 3, 4)},
+    "roi_heads.box_head.fc1": "plain",
+    "roi_heads.box_predictor.cls_score": "plain",
+    "roi_heads.box_predictor.bbox_pred": "plain",
+    **{
+        f"proposal_generator.rpn_head.{name}": "plain"
+        for name in ("conv", "objectness_logits", "anchor_deltas")
+    },
+}

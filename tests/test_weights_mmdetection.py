@@ -196,7 +196,7 @@ def test_a_whole_detector_computes_what_mmdetection_does(tmp_path):
     assert not weights.unused
     assert weights.description.class_names == {"thing": list(CLASSES)}
     theirs, ours = MMDetection(source, state), detectron2_model(weights).double()
-    image = picture(128).double()
+    image = picture(64).double()
     for name in ("pixel_mean", "pixel_std"):  # the built ones are rounded to float32
         exact = torch.tensor(getattr(weights.description, name), dtype=torch.float64)
         getattr(ours, name).copy_(exact[:, None, None])
@@ -206,7 +206,7 @@ def test_a_whole_detector_computes_what_mmdetection_does(tmp_path):
     for i, level in enumerate(levels):
         assert_close(features[f"p{i + 2}"], level)
     compare_proposals(theirs, ours, levels, images)
-    rois = [[3.0, 5, 40, 33], [0, 0, 127, 127], [10, 90, 100, 127], [60, 4, 70, 9]]
+    rois = [[3.0, 5, 40, 33], [0, 0, 300, 300], [10, 9, 150, 127], [40, 4, 50, 9]]
     rois = torch.tensor(rois, dtype=torch.float64)
     scores, boxes = classify_here(ours, features, rois)
     wanted_scores, wanted_boxes = theirs.classify(levels, rois)

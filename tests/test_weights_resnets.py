@@ -48,11 +48,23 @@ MODELS = {
 def test_a_library_s_model_has_the_same_features(tmp_path, name):
     model = MODELS[name]()
     torch.save(model.state_dict(), tmp_path / "a.pth")
-    weights = read_weights(str(tmp_path / "a.pth"))
+    # The same keys could be anyone's, with another number of groups.
+    weights = read_weights(str(tmp_path / "a.pth"), "timm_gn" if name == "timm gn" else None)
     assert_equal(features_here(weights, picture()), reference(model))
     assert not weights.unused
     assert name.split()[0] in weights.description.source
     assert "linear.weight" in weights.state
+
+
+def test_group_norms_of_anyone_have_groups_of_their_own(tmp_path):
+    torch.save(timm_gn().state_dict(), tmp_path / "a.pth")
+    weights = read_weights(str(tmp_path / "a.pth"))
+    assert weights.description.num_groups is None
+    assert weights.description.input_format == "RGB"
+    assert "timm_gn and of torchvision_gn" in weights.notes[0]
+    (tmp_path / "a.pth").rename(tmp_path / "resnet50_gn_a1h2-8fe6c4d0.pth")
+    named = read_weights(str(tmp_path / "resnet50_gn_a1h2-8fe6c4d0.pth"))
+    assert named.description.num_groups == 32
 
 
 def deep(stem_type="deep", stem_width=32, **kwargs):

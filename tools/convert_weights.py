@@ -145,15 +145,24 @@ def convert(args: argparse.Namespace) -> "Weights":
     return weights
 
 
+def in_words(value: Any) -> Any:
+    """Return a value of a description as the table shows it."""
+    if value is None:
+        return "not known"
+    if isinstance(value, dict) and all(isinstance(each, int) for each in value.values()):
+        return f"{len(value)} norms with {', '.join(map(str, sorted(set(value.values()))))}"
+    return value
+
+
 def report(weights: "Weights") -> None:
     """Print what was recognized and which keys it needs."""
     from tabulate import tabulate
 
     from gn_practical.weights.config_keys import as_yaml, config_keys
 
-    hidden = ("config", "versions")
+    hidden = ("config", "versions", "standardized_layers")
     rows = [
-        (key.replace("_", " "), "not known" if value is None else value)
+        (key.replace("_", " "), in_words(value))
         for key, value in vars(weights.description).items()
         if key not in hidden
     ]

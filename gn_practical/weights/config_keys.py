@@ -90,7 +90,7 @@ def _norm(weights: Weights) -> str | None:
     description = weights.description
     if description.norm == "BN":
         return "FrozenBN"
-    if description.norm == "GN":
+    if description.norm == "GN" and description.num_groups is not None:
         return "GN" if description.num_groups == 32 else "PGN"
     return None
 

@@ -3,6 +3,7 @@
 import os
 import struct
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,7 +73,8 @@ def read_contents(path: str, level: str | None = None) -> Contents:
             f"a file of weights must hold tensors by name, got {path} with {_few(loaded)}. Save "
             "the state dict of its model in a file of its own."
         )
-    beside = {key: each for key, each in loaded.items() if level and key not in (level, *others)}
+    beside = {k: v for k, v in loaded.items() if level and k not in (level, *others)}
+    beside = {key: each for key, each in beside.items() if not isinstance(each, Namespace)}
     heuristics = heuristics or bool(beside.get("matching_heuristics"))
     return Contents(os.path.basename(local), tensors, beside, level, others, heuristics)
 

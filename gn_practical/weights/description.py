@@ -16,6 +16,12 @@ class Standardization:
     eps_under_root: bool = False
     biased: bool = False
 
+    def __str__(self) -> str:
+        std = "biased" if self.biased else "unbiased"
+        if self.eps_under_root:
+            return f"(W - mean) / sqrt(var + {self.eps:g}), {std} var"
+        return f"(W - mean) / (std + {self.eps:g}), {std} std"
+
 
 @dataclass(frozen=True)
 class Description:

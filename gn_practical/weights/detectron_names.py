@@ -19,6 +19,15 @@ _PYCLS_RESNET = (
 )
 
 
+# Where the parts of a detector with FPN lie in Detectron2's.
+_PARTS = (
+    (r"(stem|res\d)\.", "backbone.bottom_up."),
+    (r"fpn_", "backbone."),
+    (r"(box_head|mask_head)\.", "roi_heads."),
+    (r"(cls_score|bbox_pred)\.", "roi_heads.box_predictor."),
+)
+
+
 def are_blobs(tensors: Mapping[str, Tensor]) -> bool:
     """Whether the names are Caffe2's: ``res2_0_branch2a_w``, ``conv1_gn_s``.
 
@@ -35,14 +44,21 @@ def from_blobs(blobs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         blobs: by Caffe2's names; momenta are left out.
 
     Returns:
-        Weights for Detectron2's matching heuristics, which complete their prefixes.
+        Detectors with FPN under Detectron2's names, others for its matching heuristics, which
+        complete their prefixes.
     """
     kept = {key: each for key, each in blobs.items() if not key.endswith("_momentum")}
     renamed, names = convert_c2_detectron_names(kept)
     for key, blob in names.items():
         if blob.endswith("_bn_s"):
             _add_statistics(renamed, key.removesuffix("weight"))
+    if any(key.startswith("fpn_") for key in renamed):
+        return {_with_prefix(key): each for key, each in renamed.items()}
     return renamed
+
+
+def _with_prefix(name: str) -> str:
+    return next((prefix + name for start, prefix in _PARTS if re.match(start, name)), name)
 
 
 def _add_statistics(state: dict[str, Tensor], prefix: str) -> None:

@@ -107,6 +107,7 @@ def fold_ws(weights: Weights, into: str) -> Weights:
     folded = _map_convolutions(weights, lambda w: fold(w, description.standardization))
     known = {"weight_standardization": into == "ws"}
     known["standardization"] = Standardization() if into == "ws" else None
+    known["standardized_layers"] = description.standardized_layers if into == "ws" else None
     return replace(weights, state=folded, description=replace(description, **known))
 
 
@@ -177,12 +178,14 @@ def _for_ws_conv(weight: Tensor, definition: Standardization) -> Tensor:
 
 
 def _map_convolutions(weights: Weights, fold: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Fold the convolutions that a norm follows: those that are standardized."""
-    state = dict(weights.state)
-    for key, value in weights.state.items():
-        path = key.removesuffix(".weight")
-        if value.dim() == 4 and f"{path}.norm.weight" in state:
-            state[key] = _like(value, fold(value))
+    """Fold the convolutions that are standardized: as described, else those that a norm follows."""
+    state, layers = dict(weights.state), weights.description.standardized_layers
+    if layers is None:
+        paths = (key.removesuffix(".weight") for key, each in state.items() if each.dim() == 4)
+        layers = [path for path in paths if f"{path}.norm.weight" in state]
+    for path in layers:
+        value = weights.state[f"{path}.weight"]
+        state[f"{path}.weight"] = _like(value, fold(value))
     return state
 
 

@@ -56,7 +56,7 @@ def _assigned(tree: ast.Module) -> dict[str, Any]:
 def _pixels(dicts: list[dict[str, Any]]) -> dict[str, Any]:
     """Read mean, std and order, of MMDetection 2's normalization or 3's preprocessor."""
     found = {
-        (_three(each["mean"]), _three(each["std"]), each.get("to_rgb", each.get("bgr_to_rgb")))
+        (_three(each["mean"]), _three(each["std"]), str(each.get("to_rgb", each.get("bgr_to_rgb"))))
         for each in dicts
         if _three(each.get("mean")) and _three(each.get("std"))
     }
@@ -64,8 +64,8 @@ def _pixels(dicts: list[dict[str, Any]]) -> dict[str, Any]:
         return {}
     mean, std, to_rgb = found.pop()
     known = {"pixel_mean": mean, "pixel_std": std}
-    if isinstance(to_rgb, bool):
-        known["input_format"] = "RGB" if to_rgb else "BGR"
+    if to_rgb in ("True", "False"):
+        known["input_format"] = "RGB" if to_rgb == "True" else "BGR"
     return known
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from gn_practical.weights import detectron_names, mm_config, mmdetection_names
 from gn_practical.weights.contents import Contents, read_contents
 from gn_practical.weights.description import Description
+from gn_practical.weights.origins import resnet_origins
 from gn_practical.weights.resnet_names import ResNetNames, find_resnet
 from gn_practical.weights.sources import choose_source
 
@@ -118,6 +119,8 @@ def _detectron2(contents: Contents, source: str | None) -> Weights:
     author = str(contents.beside.get("__author__", "")).lower()
     found = "detectron2_torchvision" if author == "torchvision" else "detectron2"
     description, notes = _choose([found], contents, source)
+    if any(key.endswith("res2.0.conv1.norm.running_mean") for key in contents.tensors):
+        description = replace(description, norm="BN")
     return Weights(dict(contents.tensors), description, notes=notes)
 
 
@@ -131,7 +134,7 @@ def _pycls(contents: Contents, source: str | None) -> Weights:
 
 
 def _resnet(contents: Contents, names: ResNetNames, source: str | None) -> Weights:
-    candidates = _resnet_candidates(contents, names)
+    candidates = resnet_origins(contents, names)
     description, notes = _choose(candidates, contents, source)
     described = mm_config.described_by(contents.beside)
     state = _renamed(contents.tensors, names)
@@ -141,22 +144,6 @@ def _resnet(contents: Contents, names: ResNetNames, source: str | None) -> Weigh
     used = {names.prefix + key for key, new in names.renamed.items() if new in state}
     description = replace(description, **{**described, "norm": names.norm})
     return Weights(state, description, notes=notes, unused=_unused(contents.tensors, used))
-
-
-def _resnet_candidates(contents: Contents, names: ResNetNames) -> list[str]:
-    """Return which sources the names allow, those that a file's name can decide for among them."""
-    prefix, level = names.prefix, contents.level
-    if "encoder_q." in prefix or "base_encoder." in prefix:
-        return ["moco"]
-    if level in ("teacher", "student") or "teacher." in prefix or "student." in prefix:
-        return ["dino"]
-    if names.norm_names == "gn":
-        return ["jhu", "mmcv_detectron_gn"]
-    if prefix == "backbone." and "head.fc.weight" in contents.tensors:
-        return ["mmpretrain" if names.norm == "BN" else "mmpretrain_gn"]
-    if names.norm == "BN":
-        return ["torchvision"]
-    return ["jhu", "timm_gn"] if prefix == "module." else ["timm_gn"]
 
 
 def _mmdetection(contents: Contents, source: str | None) -> Weights:

@@ -9,10 +9,7 @@ from torch import Tensor
 # The first convolution of the first block tells where a ResNet lies in a file.
 _FIRST = re.compile(r"(.*?)layer1\.0\.conv1\.weight")
 # Of several networks in one file, the one that its authors go on with.
-_PREFERRED = (
-    *("module.encoder_q.", "module.base_encoder.", "teacher.backbone.", "module.teacher.backbone."),
-    *("module.backbone.", "backbone.", "module.", ""),
-)
+_PREFERRED = ("encoder_q.", "base_encoder.", "teacher.backbone.", "backbone.", "module.", "")
 _VALUES = r"(weight|bias|running_mean|running_var)"
 _NAMES = (
     (r"conv1\.weight", "stem.conv1.weight"),
@@ -68,7 +65,7 @@ def find_resnet(tensors: Mapping[str, Tensor], prefix: str | None = None) -> Res
         found = [each for each in found if each == prefix]
     if not found:
         return None
-    prefix = min(found, key=lambda p: (_PREFERRED.index(p) if p in _PREFERRED else 99, len(p), p))
+    prefix = min(found, key=lambda each: (_preference(each), len(each), each))
     inside = {
         key.removeprefix(prefix): each for key, each in tensors.items() if key.startswith(prefix)
     }
@@ -80,6 +77,10 @@ def find_resnet(tensors: Mapping[str, Tensor], prefix: str | None = None) -> Res
     names = ResNetNames(prefix, renamed, deep, norm, norm_names)
     _check_stem({renamed[key]: each for key, each in inside.items() if key in renamed}, deep)
     return names
+
+
+def _preference(prefix: str) -> int:
+    return next(i for i, ending in enumerate(_PREFERRED) if prefix.endswith(ending))
 
 
 def _rename(inside: Mapping[str, Tensor], deep: bool) -> dict[str, str]:

@@ -9,6 +9,7 @@ import collections
 import pickle
 import re
 import warnings
+from argparse import Namespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,10 @@ def load_torch(path: str, *, mmap: bool = False) -> Any:
     try:
         with warnings.catch_warnings():  # torch suggests how to lift the restriction
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            # Training scripts save their arguments beside the weights. A Namespace is a bag of
+            # values: making one runs nothing.
+            with torch.serialization.safe_globals([Namespace]):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # of many kinds: a cut zip, a pickle that is refused, ...
         raise ValueError(_reason(error)) from error
 

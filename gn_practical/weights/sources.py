@@ -24,8 +24,22 @@ _IN_1X1 = {"stride_in_1x1": True}
 
 SOURCES = {
     "torchvision": Description("torchvision, or timm in the same names", **_RGB, **_IN_3X3, **_BN),
+    "torchvision_gn": Description(
+        "torchvision's ResNet with group norm, by anyone",
+        **_RGB,
+        **_IN_3X3,
+        **{**_GN, "num_groups": None},
+    ),
     "timm_gn": Description("timm's resnet50_gn", **_RGB, **_IN_3X3, **_GN),
     "jhu": Description("weight standardization's authors (jhu)", **_RGB, **_IN_3X3, **_GN_WS),
+    "jhu_gn": Description("GN ResNeXts of jhu", **_RGB, **_IN_3X3, **_GN),
+    "mmcv_contrib_gn": Description("MMCV's contrib/resnet50_gn", **_RGB, **_IN_3X3, **_GN),
+    "mmcv_detectron_msra": Description(
+        "ResNets of MSRA as MMCV keeps them", **_CAFFE, **_IN_1X1, **_BN
+    ),
+    "mmcv_detectron_resnext": Description(
+        "Detectron's ResNeXts as MMCV keeps them", **_BGR, **_IN_3X3, **_BN
+    ),
     "mmcv_detectron_gn": Description(
         "Detectron's R-50-GN as MMCV keeps it", **_CAFFE, **_IN_3X3, **_GN
     ),
@@ -47,7 +61,12 @@ SOURCES = {
     "pycls": Description("pycls", **_BGR, **_BN),
 }
 # Part of a file's name that decides between sources whose keys are the same.
-_HINTS = {"jhu": "ws", "mmdetection_gn_ws": "ws"}
+_HINTS = {
+    "jhu": "ws",
+    "mmdetection_gn_ws": "ws",
+    "timm_gn": "gn_a1h",
+    "mmcv_contrib_gn": "thangvubk",
+}
 
 
 def choose_source(

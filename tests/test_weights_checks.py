@@ -3,6 +3,9 @@
 import logging
 import pickle
 import re
+import runpy
+import sys
+from argparse import Namespace
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -251,6 +254,21 @@ def test_a_model_is_rebuilt_from_its_checkpoint_alone(trained, weights):
     GroupsCheckpointer(model, cfg=cfg, evaluation=True).load(weights)
     saved = torch.load(weights, weights_only=True)["model"]
     assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
+
+
+def test_tools_take_a_checkpoint_in_the_place_of_a_config(weights, monkeypatch, capsys):
+    table = str(ROOT / "tools/group_table.py")
+    monkeypatch.setattr(sys, "argv", [table, "--checkpoint", weights])
+    with pytest.raises(SystemExit):
+        runpy.run_path(table, run_name="__main__")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    norms = {row[0] for row in rows if row and row[0].endswith("norm")}
+    assert norms == set(load_description(weights).num_groups)
+    audit = runpy.run_path(str(ROOT / "tools/audit_isometry.py"))
+    args = Namespace(checkpoint=weights, image_size=64, images_per_batch=1, seed=0, opts=[])
+    cfg = audit["read_config"](args)
+    assert (weights, 16) == (cfg.MODEL.WEIGHTS, cfg.MODEL.FPN.OUT_CHANNELS)
+    assert cfg.INPUT.MIN_SIZE_TRAIN == (64,)
 
 
 def test_a_checkpoint_without_a_config_is_an_error(tmp_path):

@@ -100,7 +100,9 @@ def audit(args: argparse.Namespace) -> None:
     batches = synthetic_batches(cfg, args) if args.synthetic else real_batches(cfg, args)
     rows = audit_isometry(model.train(), batches, groups=args.groups, seed=args.seed, progress=True)
     folder = os.path.join(cfg.OUTPUT_DIR, "audit")
-    print(save_audit(rows, folder, {**vars(args), "weights": cfg.MODEL.WEIGHTS}))
+    about = {**vars(args), "weights": cfg.MODEL.WEIGHTS}
+    about["config_file"] = args.config_file or args.checkpoint
+    print(save_audit(rows, folder, about))
     print(f"{len(blocks)} unit blocks; table, JSON, CSV and picture are in {folder}")
 
 

@@ -1,7 +1,6 @@
 """The description of a model and its config, as its checkpoints carry it."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -33,10 +32,12 @@ def describe(model: nn.Module, of_config: Mapping[str, Any] | None = None) -> De
     """
     modules = dict(model.named_modules())
     standardized = [path for path, each in modules.items() if isinstance(each, WSConv2d)]
-    described = Description(
+    known = dict(of_config or {})
+    for name in ("pixel_mean", "pixel_std"):
+        if name not in known:  # else no GPU is waited for
+            known[name] = _pixels(model, name)
+    return Description(
         source="gn_practical",
-        pixel_mean=_pixels(model, "pixel_mean"),
-        pixel_std=_pixels(model, "pixel_std"),
         stride_in_1x1=_only(_strides_in_1x1(modules.values())),
         weight_standardization=bool(standardized),
         standardization=Standardization() if standardized else None,
@@ -45,8 +46,8 @@ def describe(model: nn.Module, of_config: Mapping[str, Any] | None = None) -> De
         num_groups={path: g for path, each in modules.items() if (g := norm_groups(each))},
         norm_eps=_only(each.eps for each in modules.values() if norm_channels(each)),
         versions=_versions(),
+        **known,
     )
-    return replace(described, **(of_config or {}))
 
 
 def describe_config(cfg: CfgNode) -> dict[str, Any]:

@@ -96,7 +96,8 @@ def report_filling(
         66.7 % of the model filled, 50.0 % of the file used. Of another shape: 1.weight (4×3 in \
 the file, 2×3 in the model).
     """
-    state = {k: v for k, v in model.state_dict(keep_vars=True).items() if _counts(k)}
+    state = model.state_dict(keep_vars=True)
+    state = {k: v for k, v in state.items() if isinstance(v, Tensor) and _counts(k)}
     not_filled = set(missing)
     # A tensor may have two names, of which the file need have one.
     filled = {id(tensor) for name, tensor in state.items() if name not in not_filled}

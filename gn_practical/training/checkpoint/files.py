@@ -100,7 +100,16 @@ def check_whole(path: str) -> None:
     """
     try:
         with open(path, "rb") as file:
-            _check_open(file)
+            start = file.read(4)
+            if start != b"PK\3\4":
+                raise ValueError("not a checkpoint" if start else "empty")
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _SEAL_SIZE))
+            end = file.read()
+            if not end.startswith(_SEAL_START):
+                _check_unsealed(file, end)
+            elif _sha256(file, size - _SEAL_SIZE) != end[len(_SEAL_START) :]:
+                raise ValueError("its checksum differs")
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
 
@@ -190,19 +199,6 @@ def _sha256(file: BufferedIOBase, size: int) -> bytes:
     return checksum.hexdigest().encode()
 
 
-def _check_open(file: BufferedIOBase) -> None:
-    start = file.read(4)
-    if start != b"PK\3\4":
-        raise ValueError("not a checkpoint" if start else "empty")
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - _SEAL_SIZE))
-    end = file.read()
-    if not end.startswith(_SEAL_START):
-        _check_unsealed(file, end)
-    elif _sha256(file, size - _SEAL_SIZE) != end[len(_SEAL_START) :]:
-        raise ValueError("its checksum differs")
-
-
 def _check_unsealed(file: BufferedIOBase, end: bytes) -> None:
     if not _ends_without_comment(end):
         raise ValueError("cut short or changed")
@@ -219,15 +215,14 @@ def _named_last(folder: str, damaged: dict[str, str]) -> str:
     path = os.path.join(folder, LAST)
     try:
         name = Path(path).read_text(encoding="utf-8").strip()
+        if _PLAIN.fullmatch(name):
+            return os.path.join(folder, name)
+        damaged[path] = f"must name a file of its folder, not {name[:80]!r}"
     except FileNotFoundError:
-        return ""
+        pass  # of a run without checkpoints
     except (OSError, UnicodeDecodeError) as error:
         damaged[path] = f"cannot be read: {error}"
-        return ""
-    if not _PLAIN.fullmatch(name):
-        damaged[path] = f"must name a file of its folder, not {name[:80]!r}"
-        return ""
-    return os.path.join(folder, name)
+    return ""
 
 
 def _candidates(folder: str, named: str) -> Iterator[str]:

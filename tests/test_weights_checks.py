@@ -1,5 +1,6 @@
 """What is said, warned of and refused when weights are loaded, and what checkpoints describe."""
 
+import csv
 import logging
 import pickle
 import re
@@ -258,11 +259,11 @@ def test_a_model_is_rebuilt_from_its_checkpoint_alone(trained, weights):
 
 def test_tools_take_a_checkpoint_in_the_place_of_a_config(weights, monkeypatch, capsys):
     table = str(ROOT / "tools/group_table.py")
-    monkeypatch.setattr(sys, "argv", [table, "--checkpoint", weights])
+    monkeypatch.setattr(sys, "argv", [table, "--checkpoint", weights, "--format", "csv"])
     with pytest.raises(SystemExit):
         runpy.run_path(table, run_name="__main__")
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    norms = {row[0] for row in rows if row and row[0].endswith("norm")}
+    rows = csv.DictReader(capsys.readouterr().out.splitlines())
+    norms = {next(iter(row.values())) for row in rows}
     assert norms == set(load_description(weights).num_groups)
     audit = runpy.run_path(str(ROOT / "tools/audit_isometry.py"))
     args = Namespace(checkpoint=weights, image_size=64, images_per_batch=1, seed=0, opts=[])

@@ -311,6 +311,15 @@ def test_grouped_networks_have_other_sources(tmp_path):
         assert (description.input_format is None) == (groups == 4 and norm == "bn")
 
 
+@pytest.mark.parametrize("fold", [True, False])
+def test_values_tell_unless_the_user_does(tmp_path, fold):
+    msra_in_mmcv(tmp_path, fold)
+    weights = read_weights(str(tmp_path / "a.pth"))
+    assert weights.notes == ("told by its values, not its keys: mmcv_detectron_msra",)
+    told = read_weights(str(tmp_path / "a.pth"), "torchvision")
+    assert (told.description.input_format, told.notes) == ("RGB", ())
+
+
 def test_a_fresh_network_is_torchvision_s(tmp_path):
     torch.save(ResNet(BasicBlock, [1, 1, 1, 1]).state_dict(), tmp_path / "a.pth")
     assert read_weights(str(tmp_path / "a.pth")).description.input_format == "RGB"

@@ -13,13 +13,25 @@ from gn_practical.weights.resnet_names import ResNetNames
 _LARGEST_VARIANCE = 5.7
 
 
-def resnet_origins(contents: Contents, names: ResNetNames) -> list[str]:
+def resnet_origins(contents: Contents, names: ResNetNames) -> tuple[list[str], str | None]:
     """Return the keys of ``SOURCES`` that a ResNet in torchvision's names can come from.
 
     Args:
         contents: the file.
         names: the ResNet in it.
+
+    Returns:
+        Those that its names allow, and the one among them that its values tell, if they do.
     """
+    inside = {key: contents.tensors[names.prefix + key] for key in names.renamed}
+    allowed = _allowed_by_names(contents, names, inside)
+    told = _told_by_values(inside) if "torchvision" in allowed else None
+    return (allowed if told in (None, *allowed) else [*allowed, told]), told
+
+
+def _allowed_by_names(
+    contents: Contents, names: ResNetNames, inside: Mapping[str, Tensor]
+) -> list[str]:
     prefix, level = names.prefix, contents.level
     if prefix.endswith(("encoder_q.", "base_encoder.")):
         return ["moco"]
@@ -27,22 +39,29 @@ def resnet_origins(contents: Contents, names: ResNetNames) -> list[str]:
         return ["dino"]
     if prefix == "backbone." and "head.fc.weight" in contents.tensors:
         return ["mmpretrain" if names.norm == "BN" else "mmpretrain_gn"]
-    inside = {key: contents.tensors[prefix + key] for key in names.renamed}
-    middle = inside["layer1.0.conv2.weight"]
-    grouped = middle.shape[0] != middle.shape[1]
+    grouped = _channels_per_group(inside) is not None
     if names.norm_names == "gn":
         return ["jhu", "jhu_gn"] if grouped else ["jhu", "mmcv_detectron_gn", "mmcv_contrib_gn"]
     if names.norm == "GN" and prefix == "module.":
         return ["jhu", "timm_gn", "torchvision_gn"]
     if names.norm == "GN":
         return ["timm_gn"] if names.deep_stem else ["timm_gn", "torchvision_gn"]
-    if _statistics_are_folded(inside):
-        return ["mmcv_detectron_resnext" if grouped else "mmcv_detectron_msra"]
-    if _takes_bytes(inside):
-        return ["mmcv_detectron_msra"]
-    if grouped and middle.shape[1] == 8:
+    if _channels_per_group(inside) == 8:
         return ["torchvision", "mmcv_detectron_resnext"]
     return ["torchvision"]
+
+
+def _channels_per_group(inside: Mapping[str, Tensor]) -> int | None:
+    middle = inside["layer1.0.conv2.weight"]
+    return None if middle.shape[0] == middle.shape[1] else middle.shape[1]
+
+
+def _told_by_values(inside: Mapping[str, Tensor]) -> str | None:
+    if _statistics_are_folded(inside) and _channels_per_group(inside):
+        return "mmcv_detectron_resnext"
+    if _statistics_are_folded(inside) or _takes_bytes(inside):
+        return "mmcv_detectron_msra"
+    return None
 
 
 def _statistics_are_folded(inside: Mapping[str, Tensor]) -> bool:

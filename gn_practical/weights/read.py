@@ -134,8 +134,10 @@ def _pycls(contents: Contents, source: str | None) -> Weights:
 
 
 def _resnet(contents: Contents, names: ResNetNames, source: str | None) -> Weights:
-    candidates = resnet_origins(contents, names)
-    description, notes = _choose(candidates, contents, source)
+    candidates, told = resnet_origins(contents, names)
+    description, notes = _choose(candidates, contents, source or told)
+    if told and not source:
+        notes = (f"told by its values, not its keys: {told}",)
     described = mm_config.described_by(contents.beside)
     state = _renamed(contents.tensors, names)
     if candidates[0] in ("moco", "dino"):

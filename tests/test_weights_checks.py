@@ -106,7 +106,7 @@ def test_what_differs_is_an_error_for_an_evaluation_and_on_resume(trained, weigh
     changes, said = OTHERS[name]
     with pytest.raises(ValueError, match=f"as its weights were trained for evaluation, got {said}"):
         checkpointer(trained, changes, evaluation=True).load(weights)
-    with pytest.raises(ValueError, match=f"as its weights were trained for resume, got {said}"):
+    with pytest.raises(ValueError, match=f"as its weights were trained for resuming, got {said}"):
         checkpointer(trained, changes).resume_or_load("", resume=True)
     with caplog.at_level(logging.WARNING):
         checkpointer(trained, changes).load(weights)

@@ -13,7 +13,7 @@ from gn_practical.weights.folding import standardized
 
 _GREY_LEVELS = 0.5  # by which means and deviations of pixels may differ
 _RELATIVE = 1e-3  # by which standardized weights and eps may; bfloat16 makes more
-_NAMED = 6  # layers of those that differ
+_NAMED = 3  # layers of those that differ
 
 
 def differences(

@@ -71,8 +71,9 @@ class Filling:
         for name in missing[:_NAMED]:
             near = difflib.get_close_matches(name, self.unused, n=1, cutoff=0.0)
             named.append(f"{name} (nearest in the file: {near[0]})" if near else name)
-        shapes = f"Of another shape: {self.shapes_text()}. " if self.shapes else ""
-        return f"{shapes}Not in the file: {', '.join(named)}{_more(missing)}." if named else shapes
+        said = [f"Of another shape: {self.shapes_text()}."] if self.shapes else []
+        said += [f"Not in the file: {', '.join(named)}{_more(missing)}."] if named else []
+        return " ".join(said)
 
 
 def report_filling(
@@ -139,7 +140,8 @@ def _by_part(names: Sequence[str]) -> str:
     """Name the parts that tensors belong to, the two outermost, with their numbers."""
     parts = Counter(".".join(name.split(".")[:-1][:2]) or name for name in names)
     named = [f"{part} ({count})" for part, count in parts.most_common(2 * _NAMED)]
-    return ", ".join(named) + (" ..." if len(parts) > 2 * _NAMED else "")
+    more = len(parts) - len(named)
+    return ", ".join(named) + (f" and {more} other parts" if more else "")
 
 
 def _percent(share: float) -> str:

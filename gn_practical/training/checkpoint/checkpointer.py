@@ -16,11 +16,7 @@ from torch import Tensor, nn
 
 from gn_practical.training.checkpoint import files
 from gn_practical.training.checkpoint.finite_weights import require_finite_weights
-from gn_practical.training.checkpoint.loading import (
-    Purpose,
-    check_loaded,
-    place,
-)
+from gn_practical.training.checkpoint.loading import Purpose, check_loaded, place
 from gn_practical.training.checkpoint.snapshot import Snapshot
 from gn_practical.training.ranks import raise_on_all_ranks
 from gn_practical.weights import read_weights
@@ -284,7 +280,7 @@ class GroupsCheckpointer(DetectionCheckpointer):
 
     def _purpose(self) -> Purpose:
         keys = self._cfg or CfgNode({"MODEL": {}, "TEST": {}})
-        name = "resume" if self._resumed_from else "training"
+        name = "resuming" if self._resumed_from else "training"
         return Purpose(
             "evaluation" if self._evaluation else name,
             keys.MODEL.get("WEIGHTS_MIN_SHARE", MIN_SHARE),

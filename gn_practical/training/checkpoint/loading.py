@@ -25,7 +25,7 @@ class Purpose:
     """What weights are loaded for.
 
     Attributes:
-        name: "resume", "evaluation" or "training": what is not as it was trained is an error for
+        name: "resuming", "evaluation" or "training": what is not as it was trained is an error for
             the first two.
         min_share: of the backbone's values that a file must fill for training.
         allow_differences: take as a warning what is an error for an evaluation.
@@ -38,7 +38,7 @@ class Purpose:
 
 # What to do about weights that a model cannot take as they are.
 _ADVICE = {
-    "resume": "Resume with the keys of that run, or start another one from its weights with "
+    "resuming": "Resume with the keys of that run, or start another one from its weights with "
     "MODEL.WEIGHTS and a new OUTPUT_DIR.",
     "evaluation": "Set the config as it was trained; TEST.ALLOW_DIFFERENCES True evaluates the "
     "model as it is.",

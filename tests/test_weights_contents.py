@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from detectron2.utils.file_io import PathManager
 from safetensors.torch import save_file
 
 from gn_practical.weights import read_weights
@@ -89,6 +90,16 @@ def test_the_query_is_detectron2_s(tmp_path):
     assert read_weights(f"{path}?matching_heuristics=True").matching_heuristics
     with pytest.raises(ValueError, match=r"no query but matching_heuristics=True, got .*x=1"):
         read_weights(f"{path}?x=1")
+
+
+def test_addresses_go_through_detectron2_s_path_manager(tmp_path, monkeypatch):
+    torch.save(STATE, tmp_path / "a.pth")
+    asked = []
+    here = lambda address: asked.append(address) or str(tmp_path / "a.pth")  # noqa: E731
+    monkeypatch.setattr(PathManager, "get_local_path", here)
+    for address in ("https://x.org/a.pth", "detectron2://a.pth", "catalog://a.pth"):
+        assert read_weights(f"{address}?matching_heuristics=True").matching_heuristics
+        assert asked.pop() == address
 
 
 def test_what_stands_beside_the_weights_is_kept_apart(tmp_path):

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from detectron2.structures import Boxes, ImageList
 from resnet_references import normalized, picture, randomize, randomized, stages_of
 from test_weights_layouts import qiao
@@ -11,8 +13,9 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import roi_align
 
-from gn_practical import add_pgn_config, build_model
+from gn_practical import add_pgn_config, build_model, convert_to_ws
 from gn_practical.weights import read_weights
+from gn_practical.weights.config_keys import config_keys
 from gn_practical.weights.mm_config import described_by
 
 CLASSES, WIDTH = ("a", "b", "c"), 32
@@ -234,6 +237,50 @@ def classify_here(model, features, rois):
     scores, deltas = heads.box_predictor(heads.box_head(x))
     boxes = heads.box_predictor.box2box_transform.apply_deltas(deltas, rois)
     return scores.softmax(1), boxes
+
+
+def mask_state():
+    """The mask head's part of a state, in MMDetection's names."""
+    generator, state = torch.Generator().manual_seed(4), {}
+    head = "roi_head.mask_head"
+    shapes = {
+        **{f"{head}.convs.{i}.conv.weight": (WIDTH, WIDTH, 3, 3) for i in range(4)},
+        **{f"{head}.convs.{i}.gn.{p}": (WIDTH,) for i in range(4) for p in ("weight", "bias")},
+        **{f"{head}.upsample.weight": (WIDTH, WIDTH, 2, 2), f"{head}.upsample.bias": (WIDTH,)},
+        **{f"{head}.conv_logits.weight": (3, WIDTH, 1, 1), f"{head}.conv_logits.bias": (3,)},
+    }
+    for key, shape in shapes.items():
+        state[key] = torch.empty(shape)
+        randomize(key, state[key], generator)
+    return state
+
+
+@torch.no_grad()
+def test_the_mask_head_computes_what_mmdetection_s_does(tmp_path):
+    state = mask_state()
+    whole = {"meta": {"config": CONFIG}, "state_dict": mmdetection_state(backbone()) | state}
+    torch.save(whole, tmp_path / "a.pth")
+    weights = read_weights(str(tmp_path / "a.pth"))
+    head = MaskRCNNConvUpsampleHead(
+        ShapeSpec(channels=WIDTH), num_classes=3, conv_dims=[WIDTH] * 5, conv_norm="GN"
+    )
+    prefix = "roi_heads.mask_head."
+    head.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in weights.state.items() if k.startswith(prefix)}
+    )
+    convert_to_ws(head)
+    x = wanted = torch.randn(2, WIDTH, 14, 14, generator=torch.Generator().manual_seed(5))
+    theirs = MMDetection(nn.Module(), state)
+    for i in range(4):
+        wanted = F.relu(theirs.conv(wanted, f"roi_head.mask_head.convs.{i}"))
+    weight, bias = (state[f"roi_head.mask_head.upsample.{part}"] for part in ("weight", "bias"))
+    wanted = F.relu(F.conv_transpose2d(wanted, weight, bias, stride=2))
+    wanted = theirs.plain(wanted, "roi_head.mask_head.conv_logits")
+    assert (head.layers(x) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    keys = config_keys(weights)
+    assert keys["MODEL.MASK_ON"] is True
+    assert keys["MODEL.ROI_MASK_HEAD.NUM_CONV"] == 4
+    assert keys["MODEL.ROI_MASK_HEAD.NORM"] == "GN"
 
 
 def write(folder, name, meta):

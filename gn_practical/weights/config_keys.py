@@ -99,27 +99,34 @@ def _detector_keys(state: Mapping[str, Tensor], norm: str | None) -> dict[str, A
     keys: dict[str, Any] = {}
     output = state.get("backbone.fpn_output2.weight")
     if output is not None:
-        has_norm = "backbone.fpn_output2.norm.weight" in state
         keys["MODEL.FPN.OUT_CHANNELS"] = output.shape[0]
-        keys["MODEL.FPN.NORM"] = norm if has_norm else ""
+        keys["MODEL.FPN.NORM"] = norm if "backbone.fpn_output2.norm.weight" in state else ""
     scores = state.get("roi_heads.box_predictor.cls_score.weight")
-    if scores is None:
-        return keys
-    convolutions = _layers(state, "conv")
-    layers = _layers(state, "fc")
-    box = "MODEL.ROI_BOX_HEAD"
-    keys["MODEL.ROI_HEADS.NUM_CLASSES"] = scores.shape[0] - 1
-    keys[f"{box}.NAME"] = "FastRCNNConvFCHead"
-    keys[f"{box}.NUM_CONV"], keys[f"{box}.NUM_FC"] = len(convolutions), len(layers)
-    if convolutions:
-        has_norm = "roi_heads.box_head.conv1.norm.weight" in state
-        keys[f"{box}.CONV_DIM"] = convolutions[0].shape[0]
-        keys[f"{box}.NORM"] = norm if has_norm else ""
-    if layers:
-        keys[f"{box}.FC_DIM"] = layers[0].shape[0]
+    if scores is not None:
+        keys["MODEL.ROI_HEADS.NUM_CLASSES"] = scores.shape[0] - 1
+        keys |= _head_keys(state, "box_head", "conv", "FastRCNNConvFCHead", norm)
+        layers = _layers(state, "box_head", "fc")
+        keys["MODEL.ROI_BOX_HEAD.NUM_FC"] = len(layers)
+        keys["MODEL.ROI_BOX_HEAD.FC_DIM"] = layers[0].shape[0] if layers else None
+    if "roi_heads.mask_head.predictor.weight" in state:
+        keys["MODEL.MASK_ON"] = True
+        keys |= _head_keys(state, "mask_head", "mask_fcn", "MaskRCNNConvUpsampleHead", norm)
     return keys
 
 
-def _layers(state: Mapping[str, Tensor], kind: str) -> list[Tensor]:
-    pattern = rf"roi_heads\.box_head\.{kind}\d+\.weight"
+def _head_keys(
+    state: Mapping[str, Tensor], head: str, kind: str, name: str, norm: str | None
+) -> dict[str, Any]:
+    node = f"MODEL.ROI_{head.upper()}"
+    convolutions = _layers(state, head, kind)
+    keys: dict[str, Any] = {f"{node}.NAME": name, f"{node}.NUM_CONV": len(convolutions)}
+    if convolutions:
+        has_norm = f"roi_heads.{head}.{kind}1.norm.weight" in state
+        keys[f"{node}.CONV_DIM"] = convolutions[0].shape[0]
+        keys[f"{node}.NORM"] = norm if has_norm else ""
+    return keys
+
+
+def _layers(state: Mapping[str, Tensor], head: str, kind: str) -> list[Tensor]:
+    pattern = rf"roi_heads\.{head}\.{kind}\d+\.weight"
     return [value for key, value in state.items() if re.fullmatch(pattern, key)]

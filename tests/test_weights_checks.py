@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -190,6 +191,36 @@ def test_a_backbone_passes_and_another_architecture_does_not(tmp_path, caplog):
     assert len(str(error.value)) < 800
     changes = {"MODEL.WEIGHTS_MIN_SHARE": 0.0}
     checkpointer(tmp_path, changes).load(str(tmp_path / "vgg.pth"))
+
+
+def as_blob(name):
+    """Detectron's name of a tensor of Detectron2's ResNet."""
+    name = name.replace("stem.conv1", "conv1").replace(".shortcut", ".branch1")
+    name = re.sub(
+        r"(res\d)\.(\d)\.conv(\d)", lambda m: f"{m[1]}.{m[2]}.branch2{'_abc'[int(m[3])]}", name
+    )
+    ends = {".norm.weight": "_gn_s", ".norm.bias": "_gn_b", ".weight": "_w"}
+    end = next(end for end in ends if name.endswith(end))
+    return name.removesuffix(end).replace(".", "_") + ends[end]
+
+
+def test_files_of_detectron_reach_the_backbone_and_say_what_they_need(tmp_path, caplog):
+    """By Detectron2's matching, whose own warnings are in the line."""
+    loader = checkpointer(tmp_path)
+    state = loader.model.backbone.bottom_up.state_dict()
+    blobs = {as_blob(name): torch.randn_like(value).numpy() for name, value in state.items()}
+    blobs |= {"fc1000_w": np.ones((3, 4), np.float32), "conv1_w_momentum": blobs["conv1_w"]}
+    (tmp_path / "R-50-GN.pkl").write_bytes(pickle.dumps(blobs, protocol=2))
+    with caplog.at_level(logging.INFO, logger="gn_practical"):
+        loader.load(str(tmp_path / "R-50-GN.pkl"))
+    for name, value in loader.model.backbone.bottom_up.state_dict().items():
+        np.testing.assert_array_equal(value, blobs[as_blob(name)])
+    line, warning = caplog.messages
+    assert "Detectron's GN ResNets): " in line
+    assert "(backbone.bottom_up 100 %) filled" in line
+    assert "INPUT.FORMAT=RGB (BGR in the checkpoint)" in warning
+    assert "MODEL.PIXEL_STD=[58.395, 57.12, 57.375] ([1, 1, 1] in the checkpoint)" in warning
+    assert "(32 in the checkpoint, " in warning
 
 
 def test_half_of_the_keys_renamed_is_an_error_that_names_the_nearest(weights, tmp_path):

@@ -170,10 +170,7 @@ class GroupsCheckpointer(DetectionCheckpointer):
                 another model or input.
         """
         self._path = path
-        try:
-            return super().load(path, checkpointables)
-        finally:
-            self._parsed_url_during_load = None  # Detectron2 leaves it where loading raises
+        return super().load(path, checkpointables)
 
     def has_checkpoint(self) -> bool:
         """Return whether there is a checkpoint to resume from."""

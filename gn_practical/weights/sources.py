@@ -1,5 +1,6 @@
 """What weights of known origin need, and which origins a file's keys leave open."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -60,10 +61,11 @@ SOURCES = {
     "detectron2": Description("Detectron2"),
     "pycls": Description("pycls", **_BGR, **_BN),
 }
-# Part of a file's name that decides between sources whose keys are the same.
+# What in a file's name decides between sources whose keys are the same.
+_WS = r"(?<![a-z])ws(?![a-z])"
 _HINTS = {
-    "jhu": "ws",
-    "mmdetection_gn_ws": "ws",
+    "jhu": _WS,
+    "mmdetection_gn_ws": _WS,
     "timm_gn": "gn_a1h",
     "mmcv_contrib_gn": "thangvubk",
 }
@@ -91,6 +93,8 @@ def choose_source(
         (32, None, 1)
         >>> choose_source(["jhu", "mmcv_detectron_gn"], "resnet50_gn_ws.pth")[0].input_format
         'RGB'
+        >>> choose_source(["jhu", "mmcv_detectron_gn"], "laws.pth")[0].input_format is None
+        True
     """
     if source is not None:
         if source not in candidates:
@@ -99,7 +103,8 @@ def choose_source(
                 f"{file_name}. Choose {' or '.join(candidates)}, or none."
             )
         return SOURCES[source], ()
-    hinted = [each for each in candidates if _HINTS.get(each, "\n") in file_name.lower()]
+    name = file_name.lower()
+    hinted = [each for each in candidates if each in _HINTS and re.search(_HINTS[each], name)]
     if len(hinted) == 1:
         return SOURCES[hinted[0]], (f"told by the file's name: {hinted[0]}",)
     if len(candidates) == 1:

@@ -8,7 +8,7 @@ import resource
 import threading
 import types
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +38,7 @@ from gn_practical.training.engine.hooks import BestCheckpoint
 
 def state_of(iteration, size=50):
     weights = torch.arange(size, dtype=torch.float32) + iteration
-    return {
-        "model": {"weight": weights.clone(), "bias": weights[:3].clone()},
-        "iteration": iteration,
-    }
+    return {"model": {"weight": weights[None], "bias": weights[:1].clone()}, "iteration": iteration}
 
 
 def name_of(iteration):
@@ -255,7 +252,7 @@ def test_damaged_weights_are_an_error(run):
     path = run / name_of(29)
     path.write_bytes(flip(path.read_bytes(), [900], random.Random(0)))
     with pytest.raises(
-        ValueError, match=r"must be a whole file .*29\.pth: its checksum differs\. L"
+        ValueError, match=r"must be a whole file, got .*29\.pth: its checksum differs\. L"
     ):
         GroupsCheckpointer(nn.Linear(50, 1)).load(str(path))
 
@@ -433,7 +430,15 @@ def test_a_snapshot_is_the_same_and_shares_no_memory():
     state = {
         "model": modules,
         "optimizer": {"state": {0: {"momentum_buffer": momentum}}, "groups": [{"lr": 0.1}]},
-        "other": [1, (2.5, None, "x"), {3}, np.float32(0.5), torch.Size([1, 2]), b"raw"],
+        "other": [
+            1,
+            (2.5, None, "x"),
+            {3},
+            np.float32(0.5),
+            torch.Size([1, 2]),
+            b"raw",
+            Counter(a=2),
+        ],
         "sparse": torch.eye(3).to_sparse(),
     }
     snapshot = Snapshot()

@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 from gn_practical.training.detectron2_internals import bound_histories, stream_of_all_ranks
 
 
-@pytest.mark.parametrize("method", ["_load_file", "_torch_load", "_load_model"])
+@pytest.mark.parametrize("method", ["_load_file", "_load_model", "_log_incompatible_keys"])
 def test_the_methods_that_our_checkpointer_overrides(method):
     found = getattr(DetectionCheckpointer, method, None)
     assert found is not None, f"DetectionCheckpointer.{method} is gone, by which we read"

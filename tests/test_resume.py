@@ -99,7 +99,10 @@ def train(cfg, stop_at=None):
 
 
 def final(output_dir):
-    return torch.load(Path(output_dir) / "model_final.pth", weights_only=True)
+    """The last checkpoint without the config in it, which has the number of workers."""
+    state = torch.load(Path(output_dir) / "model_final.pth", weights_only=True)
+    assert state["description"].pop("config")
+    return state
 
 
 def equal(first, second):

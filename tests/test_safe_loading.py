@@ -325,10 +325,11 @@ def test_a_list_that_holds_itself_is_refused(tmp_path):
 def test_zoo_files_load(tmp_path, kind):
     """Detectron2's zoo names an author; Caffe2's files have blobs, the ones for ImageNet none."""
     weight = np.arange(4, dtype=np.float32).reshape(2, 2)
+    weights = {"weight": weight, "bias": weight[0]}
     contents = {
-        "zoo": {"model": {"weight": weight}, "__author__": "somebody"},
-        "caffe2": {"blobs": {"weight": weight, "weight_momentum": weight}},
-        "imagenet": {"weight": weight},
+        "zoo": {"model": weights, "__author__": "somebody"},
+        "caffe2": {"blobs": {**weights, "weight_momentum": weight}},
+        "imagenet": weights,
     }
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(contents[kind], protocol=2))
     model = nn.Linear(2, 2)
@@ -337,10 +338,11 @@ def test_zoo_files_load(tmp_path, kind):
 
 
 def test_files_of_pycls_load(tmp_path):
-    torch.save({"model_state": {"weight": torch.ones(2, 2)}}, tmp_path / "a.pyth")
+    weights = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    torch.save({"model_state": weights}, tmp_path / "a.pyth")
     model = nn.Linear(2, 2)
     GroupsCheckpointer(model).load(str(tmp_path / "a.pyth"))
     assert model.weight.eq(1).all()
     torch.save({"model": {}}, tmp_path / "b.pyth")
-    with pytest.raises(ValueError, match=r"must hold 'model_state', got .*b\.pyth"):
+    with pytest.raises(ValueError, match=r"must hold tensors by name, got .*b\.pyth"):
         GroupsCheckpointer(model).load(str(tmp_path / "b.pyth"))

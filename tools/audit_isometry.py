@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 _EPILOG = """example: python tools/audit_isometry.py --config-file configs/pfpn_pgn_all.yaml \\
     --synthetic --groups practical 32 1 MODEL.WEIGHTS "" MODEL.DEVICE cpu
 
-The weights are those of MODEL.WEIGHTS, from which training would start; MODEL.WEIGHTS "" gives
-random ones. Results: OUTPUT_DIR/audit/audit.txt, .json, .csv and .png. More in docs/audit.md."""
+The weights are those of MODEL.WEIGHTS, from which training would start, or of --checkpoint;
+MODEL.WEIGHTS "" gives random ones. Results: OUTPUT_DIR/audit/audit.txt, .json, .csv and .png. More
+in docs/audit.md."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,7 +33,11 @@ def parse_args() -> argparse.Namespace:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--config-file", metavar="FILE")
+    model.add_argument(
+        "--checkpoint", metavar="FILE", help="one of a training here, with its config and weights"
+    )
     parser.add_argument(
         "--groups",
         nargs="+",
@@ -81,17 +86,20 @@ def audit(args: argparse.Namespace) -> None:
     blocks = find_unit_blocks(model)
     for choice in args.groups:  # before weights and data are read
         choose_groups(choice, blocks)
-    GroupsCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    GroupsCheckpointer(model, cfg=cfg).load(cfg.MODEL.WEIGHTS)
     options = {"groups": args.groups, "seed": args.seed, "progress": True}
     rows = audit_isometry(model.train(), make_batches(cfg, args), **options)
     folder = os.path.join(cfg.OUTPUT_DIR, "audit")
-    print(save_audit(rows, folder, {**vars(args), "weights": cfg.MODEL.WEIGHTS}))
+    about = {**vars(args), "weights": cfg.MODEL.WEIGHTS}
+    about["config_file"] = args.config_file or args.checkpoint
+    print(save_audit(rows, folder, about))
     print(f"{len(blocks)} unit blocks; table, JSON, CSV and picture are in {folder}")
 
 
 def read_config(args: argparse.Namespace) -> "CfgNode":
     """Read the config, with a small batch of small images unless the overrides say otherwise."""
     from gn_practical.training.engine import load_cfg
+    from gn_practical.weights.stored import merge_stored_config
 
     size = str(args.image_size)
     small = [
@@ -101,7 +109,10 @@ def read_config(args: argparse.Namespace) -> "CfgNode":
         *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "64"),
         *("DATALOADER.NUM_WORKERS", "0", "DATASETS.TEST", "()", "SEED", str(args.seed)),
     ]
-    return load_cfg(args.config_file, small + args.opts)
+    if not args.checkpoint:
+        return load_cfg(args.config_file, small + args.opts)
+    opts = [*small, "MODEL.WEIGHTS", args.checkpoint, *args.opts]
+    return load_cfg("", opts, add_config=lambda cfg: merge_stored_config(cfg, args.checkpoint))
 
 
 def make_batches(cfg: "CfgNode", args: argparse.Namespace) -> list[Any]:

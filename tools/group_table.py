@@ -18,7 +18,11 @@ def parse_args() -> argparse.Namespace:
         epilog="Example: python tools/group_table.py --config-file configs/pfpn_pgn_all.yaml "
         "--format md --output groups.md MODEL.RESNETS.DEPTH 101",
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--config-file", metavar="FILE")
+    model.add_argument(
+        "--checkpoint", metavar="FILE", help="one of a training here, with its config"
+    )
     parser.add_argument(
         "--groups",
         nargs="+",
@@ -50,9 +54,14 @@ def main() -> None:
     from gn_practical.analysis.group_table import group_table, reading_columns
     from gn_practical.training.engine import load_cfg
     from gn_practical.training.engine.run import one_clear_error
+    from gn_practical.weights.stored import merge_stored_config
 
     with one_clear_error():
-        cfg = load_cfg(args.config_file, [*args.opts, "MODEL.DEVICE", "meta"])
+        opts = [*args.opts, "MODEL.DEVICE", "meta"]
+        if args.checkpoint:
+            cfg = load_cfg("", opts, add_config=lambda c: merge_stored_config(c, args.checkpoint))
+        else:
+            cfg = load_cfg(args.config_file, opts)
         with torch.device("meta"):
             model = build_model(cfg)
         rows = group_table(model, args.groups)

@@ -1,7 +1,7 @@
 """The internals of Detectron2 that the trainer uses, each with its reason.
 
-Methods that Detectron2 means to be overridden, ``Checkpointer._load_file``, ``_torch_load`` and
-``_load_model``, are overridden where they belong, in
+Methods that Detectron2 means to be overridden, ``Checkpointer._load_file``, ``_load_model`` and
+``_log_incompatible_keys``, are overridden where they belong, in
 :class:`gn_practical.training.checkpoint.GroupsCheckpointer`. A test names what is gone when a
 version of Detectron2 has changed any of them.
 """

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -28,6 +29,7 @@ class Weights:
         notes: what to tell the user: what was chosen and what is not known.
         unused: names in the file that have no place in Detectron2's model.
         in_file: all tensors under the file's own names.
+        beside: what else stands at the file's top, such as the state of an optimizer.
     """
 
     state: dict[str, Tensor]
@@ -36,6 +38,7 @@ class Weights:
     notes: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     in_file: dict[str, Tensor] = field(default_factory=dict)
+    beside: dict[str, Any] = field(default_factory=dict)
 
 
 def read_weights(path: str, source: str | None = None, level: str | None = None) -> Weights:
@@ -59,7 +62,11 @@ def read_weights(path: str, source: str | None = None, level: str | None = None)
     notes = (*_of_level(contents), *weights.notes)
     heuristics = contents.matching_heuristics or weights.matching_heuristics
     return replace(
-        weights, notes=notes, matching_heuristics=heuristics, in_file=dict(contents.tensors)
+        weights,
+        notes=notes,
+        matching_heuristics=heuristics,
+        in_file=dict(contents.tensors),
+        beside=contents.beside,
     )
 
 

@@ -104,7 +104,7 @@ def main(args: Namespace) -> dict[str, Any] | None:
     cfg = setup(args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = GroupsCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer = GroupsCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, evaluation=True)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():

@@ -1,34 +1,29 @@
-"""Checkpoints that know their numbers of groups, and weights in torchvision's names."""
+"""Checkpoints that describe what they were trained with, and weights of any source."""
 
 import os
-import re
 import time
 import zipfile
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from gn_practical.layers.protocol import BindableNorm
 from gn_practical.training.checkpoint import files
 from gn_practical.training.checkpoint.finite_weights import require_finite_weights
+from gn_practical.training.checkpoint.loading import Purpose, check_loaded, place
 from gn_practical.training.checkpoint.snapshot import Snapshot
 from gn_practical.training.ranks import raise_on_all_ranks
-from gn_practical.weights.safe_loading import load_pickle, load_torch
+from gn_practical.weights import read_weights
+from gn_practical.weights.describe import class_names, describe, describe_config
+from gn_practical.weights.report import MIN_SHARE
+from gn_practical.weights.safe_loading import load_torch
 
-# torchvision's names of a ResNet's parts, and Detectron2's.
-_TORCHVISION_NAMES = (
-    (r"^conv1\.", "stem.conv1."),
-    (r"^(?:bn|gn)1\.", "stem.conv1.norm."),
-    (r"^layer(\d)\.", lambda m: f"res{int(m[1]) + 1}."),
-    (r"\.downsample\.0\.", ".shortcut."),
-    (r"\.downsample\.1\.", ".shortcut.norm."),
-    (r"\.(?:bn|gn)(\d)\.", r".conv\1.norm."),
-)
 FINAL = "model_final"
 BEST = "model_best"  # the one checkpoint that never becomes the one to resume from
 
@@ -36,20 +31,20 @@ BEST = "model_best"  # the one checkpoint that never becomes the one to resume f
 class GroupsCheckpointer(DetectionCheckpointer):
     """A ``DetectionCheckpointer`` whose checkpoints are whole, safe and know their groups.
 
-    Saving takes a snapshot in host memory, one copy of the state, and writes it in the background;
-    the file is there whole or not at all (:mod:`.files`). A save that
-    fails, on a full disk, is logged, and training goes on to the next one. Resuming takes the
-    newest checkpoint that is whole and names those that are not. Nothing that is read can run code
-    (:mod:`gn_practical.weights.safe_loading`).
+    Saving takes a snapshot in host memory and writes it in the background; the file is there whole
+    or not at all (:mod:`.files`). A save that fails, on a full disk, is logged, and training goes
+    on to the next one. Resuming takes the newest checkpoint that is whole. Nothing that is read
+    can run code (:mod:`gn_practical.weights.safe_loading`).
 
-    A model that runs with other groups than it was trained with computes something else with the
-    same weights. So a difference is an error on resume, and a warning that names the layers for
-    weights to fine-tune. Besides the formats of Detectron2 it reads files with a top-level
-    ``state_dict`` and ResNets in torchvision's names.
+    A checkpoint says what it was trained with. A model that differs, in its groups for one,
+    computes something else with the same weights: an error on resume and for an evaluation, a
+    warning for weights to fine-tune. What was filled of the model is said in one line.
 
     Args:
         model: the model.
         save_dir: ``OUTPUT_DIR``.
+        cfg: its config, which its checkpoints describe, and what they are compared with.
+        evaluation: weights are loaded to be evaluated: all must fit.
         keep_last: how many periodic checkpoints to keep; 0 for all.
         checkpointables: what else has a state, by name, as Detectron2's.
 
@@ -64,40 +59,40 @@ class GroupsCheckpointer(DetectionCheckpointer):
     """
 
     def __init__(
-        self, model: nn.Module, save_dir: str = "", *, keep_last: int = 0, **checkpointables: Any
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        cfg: CfgNode | None = None,
+        evaluation: bool = False,
+        keep_last: int = 0,
+        **checkpointables: Any,
     ) -> None:
         super().__init__(model, save_dir, **checkpointables)
-        self._keep_last = keep_last
+        self._cfg, self._evaluation, self._keep_last = cfg, evaluation, keep_last
+        self._of_config = describe_config(cfg) if cfg else {}
         self._snapshot = Snapshot()
-        self._writer: ThreadPoolExecutor | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._copying: Future[None] | None = None
         self._writing: Future[None] | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._unwritten: tuple[Any, str] = (None, "")
         self._written = ""  # path of what was written last
-        self._resumed_from = ""
+        self._path = self._resumed_from = ""  # what was asked for, and what was resumed from
 
     def copy_beside(self, optimizer: torch.optim.Optimizer) -> None:
-        """Copy the weights and the optimizer's state beside the step that follows a save.
+        """Let ``save`` return before an optimizer's parameters and state are copied.
 
-        ``save`` returns before they are copied, and the optimizer's next step waits for the copy.
-        Anything else of the state may change at once, as without this.
-
-        Args:
-            optimizer: whose steps alone change its parameters and its state.
+        Its next step, which alone may change them, waits for the copy.
         """
         self._optimizer = optimizer
         optimizer.register_step_pre_hook(lambda *_: self._wait_for_copy())
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Save as Detectron2 does, with ``num_groups``: {path of the norm: groups}.
+        """Save as Detectron2 does, with a ``description`` of the model and its config.
 
-        Returns when the state may change (see :meth:`copy_beside`); a save before that is still
-        being written is waited for.
-
-        Args:
-            name: the file's name without suffix; "model_best" does not become the last checkpoint.
-            kwargs: what else to save.
+        Returns when the state may change (see :meth:`copy_beside`). "model_best" does not become
+        the last checkpoint.
 
         Raises:
             ValueError: for a name with a folder, or a state that could not be safely read again.
@@ -107,17 +102,17 @@ class GroupsCheckpointer(DetectionCheckpointer):
         if not self.save_dir or not self.save_to_disk:
             return
         path = files.checkpoint_path(self.save_dir, name)
-        if self._writer is None:
+        if self._writing is None:
             files.remove_leftovers(self.save_dir)
-            self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        if self._writing:
+        else:
             self._writing.exception()  # waits; it has been logged
         periodic = f"model_{kwargs.get('iteration', -1):07d}"
         if name == FINAL and self._written == files.checkpoint_path(self.save_dir, periodic):
             self._unwritten = (self._unwritten[0], path)  # the same state
             self._writing = self._writer.submit(self._write, self._written)
             return
-        state = {"model": self.model.state_dict(), "num_groups": self._num_groups(), **kwargs}
+        described = describe(self.model, self._of_config).to_dict()
+        state = {"model": self.model.state_dict(), "description": described, **kwargs}
         state.update((key, each.state_dict()) for key, each in self.checkpointables.items())
         self._unwritten = (self._snapshot.take(state, self._changed_by_steps()), path)
         self._copying = self._writer.submit(self._copy)
@@ -126,10 +121,7 @@ class GroupsCheckpointer(DetectionCheckpointer):
         self._writing = self._writer.submit(self._write)
 
     def wait(self) -> None:
-        """Wait for the write under way; if it failed, try once more.
-
-        To be called where training ends. Without it the end of the process waits too, but says
-        nothing.
+        """Wait, where training ends, for the write under way; if it failed, try once more.
 
         Raises:
             ValueError: if the last save could not be written.
@@ -139,8 +131,7 @@ class GroupsCheckpointer(DetectionCheckpointer):
         if self._writing is None or self._writing.exception() is None:
             return
         self._writing = self._writer.submit(self._write)
-        error = self._writing.exception()
-        if error is not None:
+        if error := self._writing.exception():
             raise ValueError(
                 f"the last checkpoint must be written, got {error} for {self._unwritten[1]}. "
                 "Make room on its disk and add --resume: training goes on from the checkpoint "
@@ -156,10 +147,30 @@ class GroupsCheckpointer(DetectionCheckpointer):
             ValueError: on resume, if all checkpoints are damaged, or the one taken was trained
                 with other groups.
         """
-        self._resumed_from = self._agreed_checkpoint() if resume else ""
+        self._resumed_from = ""
+        if resume:
+            with raise_on_all_ranks(ValueError):
+                if comm.is_main_process():
+                    self._resumed_from = self.get_checkpoint_file()
+            self._resumed_from = comm.all_gather(self._resumed_from)[0]
         if self._resumed_from:
             return self.load(self._resumed_from)
         return self.load(path, checkpointables=[])
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Load weights of any source that :func:`gn_practical.weights.read_weights` reads.
+
+        Args:
+            path: a file or an address; empty for none.
+            checkpointables: what else to take from the file, by name; None for all of it.
+
+        Raises:
+            ValueError: if the file is no whole file of weights, or fills too little of the model;
+                on resume and for an evaluation, if it fills not all of it, or was trained with
+                another model or input.
+        """
+        self._path = path
+        return super().load(path, checkpointables)
 
     def has_checkpoint(self) -> bool:
         """Return whether there is a checkpoint to resume from."""
@@ -195,13 +206,6 @@ class GroupsCheckpointer(DetectionCheckpointer):
         except ValueError as error:
             self.logger.warning("%s is damaged: %s. The best value starts from none.", path, error)
             return {}
-
-    def _agreed_checkpoint(self) -> str:
-        found = ""
-        with raise_on_all_ranks(ValueError):
-            if comm.is_main_process():
-                found = self.get_checkpoint_file()
-        return comm.all_gather(found)[0]
 
     def _changed_by_steps(self) -> list[Tensor]:
         if self._optimizer is None:
@@ -244,128 +248,38 @@ class GroupsCheckpointer(DetectionCheckpointer):
             raise
         self.logger.info("Saved %s in %.1f s", path, time.perf_counter() - start)
 
-    def _num_groups(self) -> dict[str, int]:
-        return {
-            path: module.num_groups
-            for path, module in self.model.named_modules()
-            if isinstance(module, BindableNorm)
-        }
-
     def _load_file(self, filename: str) -> dict[str, Any]:
-        # The first two kinds are Detectron2's, which unpickles them.
-        if filename.endswith(".pkl"):
-            return _from_zoo(self._read(load_pickle, filename))
-        if filename.endswith(".pyth"):
-            return _from_pycls(self._read(load_torch, filename), filename)
-        return super()._load_file(filename)
-
-    def _torch_load(self, f: str) -> dict[str, Any]:
-        loaded = self._read(self._load_whole, f)
-        if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-            loaded = {"model": loaded["state_dict"]}
-        weights = loaded.get("model", loaded)
-        if any(re.match(r"layer1\.\d+\.conv1\.weight", key) for key in weights):
-            loaded = {"model": self._from_torchvision(weights)}
-        return loaded
-
-    def _load_whole(self, path: str) -> Any:
-        if path != self._resumed_from and zipfile.is_zipfile(path):
-            files.check_whole(path)
-        return load_torch(path)
-
-    @staticmethod
-    def _read(load: Callable[[str], Any], path: str) -> dict[str, Any]:
-        """Load a file, with an error that names it if it is no state to load."""
-        try:
-            loaded = load(path)
-            if not isinstance(loaded, dict):
-                raise ValueError(f"it holds a {type(loaded).__name__}")
-        except ValueError as error:
-            reason = str(error).rstrip(".")
-            raise ValueError(
-                f"a checkpoint must be a whole file of tensors and plain containers, got {path}: "
-                f"{reason}. Load another checkpoint, or save this one's state dict alone."
-            ) from error
-        return loaded
-
-    def _from_torchvision(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Rename a torchvision ResNet to this model's backbone, torchvision's or Detectron2's."""
-        paths = [path for path, _ in self.model.named_modules()]
-        for part, rename in (("layer1", str), ("stem", _rename)):
-            found = next((path for path in paths if path.endswith(part)), None)
-            if found is not None:
-                prefix = found.removesuffix(part)
-                self.logger.info("Renaming torchvision's ResNet to %s*", prefix)
-                return {prefix + rename(key): value for key, value in weights.items()}
-        return weights
+        # Of the formats that Detectron2 reads here, it unpickles two.
+        if filename != self._resumed_from and zipfile.is_zipfile(filename):
+            try:
+                files.check_whole(filename)
+            except ValueError as error:
+                raise ValueError(
+                    f"a checkpoint must be a whole file, got {filename}: {error}. Load another one."
+                ) from error
+        query = urlparse(self._path).query
+        weights = read_weights(f"{filename}?{query}" if query else filename)
+        return {**weights.beside, "weights": weights}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        trained = checkpoint.pop("num_groups", None)
-        if trained is not None:
-            self._compare(trained)
-        else:
-            self._warn_frozen_norms()
-        return super()._load_model(checkpoint)
+        weights = checkpoint.pop("weights")
+        state = place(self.model, weights)
+        incompatible = super()._load_model({"model": dict(state)})
+        present = describe(self.model, self._of_config)
+        if self._cfg and self._evaluation:
+            present = replace(present, class_names=class_names(self._cfg.DATASETS.TEST))
+        purpose = self._purpose()
+        check_loaded(self._path, weights, state, self.model, incompatible, present, purpose)
+        return incompatible
 
-    def _compare(self, trained: dict[str, int]) -> None:
-        present = self._num_groups()
-        differences = [
-            f"{path} ({trained[path]} in the checkpoint, {groups} in the model)"
-            for path, groups in present.items()
-            if trained.get(path, groups) != groups
-        ]
-        if not differences:
-            return
-        message = (
-            "the number of groups must be what the checkpoint was trained with, got other groups "
-            f"in {len(differences)} layers: {', '.join(differences[:8])}"
-            f"{' ...' if len(differences) > 8 else ''}. "
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        """Say nothing: all of it has been said in one line."""
+
+    def _purpose(self) -> Purpose:
+        keys = self._cfg or CfgNode({"MODEL": {}, "TEST": {}})
+        name = "resuming" if self._resumed_from else "training"
+        return Purpose(
+            "evaluation" if self._evaluation else name,
+            keys.MODEL.get("WEIGHTS_MIN_SHARE", MIN_SHARE),
+            self._evaluation and keys.TEST.get("ALLOW_DIFFERENCES", False),
         )
-        if self._resumed_from:
-            raise ValueError(
-                message + "Resume with the MODEL.PGN keys of that run, or start another one from "
-                "its weights with MODEL.WEIGHTS and a new OUTPUT_DIR."
-            )
-        self.logger.warning(
-            "%sFine-tuning adapts to them; an evaluation without it does not.", message
-        )
-
-    def _warn_frozen_norms(self) -> None:
-        frozen = [
-            path
-            for path, module in self.model.named_modules()
-            if isinstance(module, BindableNorm)
-            and module.affine
-            and not module.weight.requires_grad
-        ]
-        if frozen:
-            self.logger.warning(
-                "%d PGN layers are frozen and the weights do not say with how many groups they "
-                "were trained (first: %s). Where the groups differ they cannot adapt: set "
-                "MODEL.BACKBONE.FREEZE_AT 0, or their groups with MODEL.PGN.LAYER_NUM_GROUPS.",
-                len(frozen),
-                frozen[0],
-            )
-
-
-def _from_zoo(data: dict[str, Any]) -> dict[str, Any]:
-    """Return what a ``.pkl`` file of Detectron2's zoo, or of Caffe2's and Detectron's, holds."""
-    if "model" in data and "__author__" in data:
-        return data
-    blobs = data.get("blobs", data)  # the ones for ImageNet lack this level
-    weights = {key: each for key, each in blobs.items() if not key.endswith("_momentum")}
-    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
-
-
-def _from_pycls(data: dict[str, Any], path: str) -> dict[str, Any]:
-    """Return what a ``.pyth`` file, of pycls, holds."""
-    if not isinstance(data.get("model_state"), dict):
-        raise ValueError(f"a .pyth file must hold 'model_state', got {path}. Rename it to .pth.")
-    weights = {k: v for k, v in data["model_state"].items() if not k.endswith("batches_tracked")}
-    return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
-
-
-def _rename(key: str) -> str:
-    for pattern, replacement in _TORCHVISION_NAMES:
-        key = re.sub(pattern, replacement, key)
-    return key

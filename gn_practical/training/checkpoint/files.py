@@ -33,26 +33,12 @@ _SEAL_SIZE = len(_SEAL_START) + 64
 _DIRECTORY_END, _DIRECTORY_END_SIZE = b"PK\5\6", 22
 
 _PERIODIC = re.compile(r"model_(\d{7})\.pth")
+_PLAIN = re.compile(r"(?!\.\.?$)[^/\\\0]+")  # a name that leads to no other folder
 
 
 def checkpoint_path(folder: str, name: str) -> str:
-    """Return the path of a checkpoint in its folder, and of nothing outside it.
-
-    Args:
-        folder: ``OUTPUT_DIR``.
-        name: the checkpoint's name, without folder and suffix.
-
-    Raises:
-        ValueError: if the name would lead elsewhere.
-
-    Example:
-        >>> checkpoint_path("output", "model_final")
-        'output/model_final.pth'
-        >>> checkpoint_path("output", "../model_final")
-        Traceback (most recent call last):
-        ValueError: a checkpoint must be named without a folder, got name='../model_final'. ...
-    """
-    if not _is_plain(name):
+    """Return the path of a checkpoint in its folder; a ValueError if the name leads elsewhere."""
+    if not _PLAIN.fullmatch(name):
         raise ValueError(
             f"a checkpoint must be named without a folder, got name={name!r}. "
             "Choose the folder with OUTPUT_DIR."
@@ -62,10 +48,6 @@ def checkpoint_path(folder: str, name: str) -> str:
 
 def write_checkpoint(state: Any, path: str) -> None:
     """Write a state with its checksum, and replace ``path`` by it in one step.
-
-    Args:
-        state: tensors and plain containers.
-        path: the checkpoint.
 
     Raises:
         OSError, RuntimeError: if the disk is full or gone; ``path`` is then as it was, and nothing
@@ -84,12 +66,7 @@ def write_checkpoint(state: Any, path: str) -> None:
 
 
 def copy_checkpoint(source: str, path: str) -> None:
-    """Give a checkpoint a second name: as a link where the file system has them, else as a copy.
-
-    Args:
-        source: the checkpoint, whole.
-        path: its second name, replaced in one step.
-    """
+    """Give a checkpoint a second name: as a link where the file system has them, else as a copy."""
     with replace_file(path) as temporary:
         try:
             os.link(source, temporary)
@@ -98,12 +75,7 @@ def copy_checkpoint(source: str, path: str) -> None:
 
 
 def write_last(folder: str, file_name: str) -> None:
-    """Make a checkpoint of the folder the one to resume from.
-
-    Args:
-        folder: ``OUTPUT_DIR``.
-        file_name: name of the checkpoint with its suffix.
-    """
+    """Make a checkpoint of the folder, by its name with suffix, the one to resume from."""
     with replace_file(os.path.join(folder, LAST)) as temporary:
         Path(temporary).write_text(file_name, encoding="utf-8")
 
@@ -112,9 +84,6 @@ def check_whole(path: str) -> None:
     """Compare a checkpoint with its checksum.
 
     A file without one, as other programs write, is compared with the CRC-32 of its entries.
-
-    Args:
-        path: the checkpoint.
 
     Raises:
         ValueError: with what is wrong.
@@ -131,7 +100,16 @@ def check_whole(path: str) -> None:
     """
     try:
         with open(path, "rb") as file:
-            _check_open(file)
+            start = file.read(4)
+            if start != b"PK\3\4":
+                raise ValueError("not a checkpoint" if start else "empty")
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _SEAL_SIZE))
+            end = file.read()
+            if not end.startswith(_SEAL_START):
+                _check_unsealed(file, end)
+            elif _sha256(file, size - _SEAL_SIZE) != end[len(_SEAL_START) :]:
+                raise ValueError("its checksum differs")
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
 
@@ -141,9 +119,6 @@ def newest_whole(folder: str) -> tuple[str, dict[str, str]]:
 
     It is the one that ``last_checkpoint`` names; where that file or its checkpoint is missing or
     damaged, the whole one of most iterations.
-
-    Args:
-        folder: ``OUTPUT_DIR``.
 
     Returns:
         Its path, empty if there is none; and {path: what is wrong} of those that were passed over.
@@ -173,12 +148,11 @@ def remove_old(newest: str, keep: int) -> None:
         newest: path of the checkpoint just written.
         keep: how many stay; 0 for all.
     """
-    current = _PERIODIC.fullmatch(os.path.basename(newest))
-    if not keep or not current:
+    current = Path(newest)
+    if not keep or not _PERIODIC.fullmatch(current.name):
         return
-    folder = Path(newest).parent
-    numbered = {path: _PERIODIC.fullmatch(path.name) for path in folder.glob("model_*.pth")}
-    earlier = sorted(path for path, match in numbered.items() if match and match[1] < current[1])
+    periodic = filter(lambda path: _PERIODIC.fullmatch(path.name), current.parent.iterdir())
+    earlier = sorted(path for path in periodic if path.name < current.name)
     old = earlier[: max(0, len(earlier) - keep + 1)]
     if old:
         check_whole(newest)
@@ -187,11 +161,7 @@ def remove_old(newest: str, keep: int) -> None:
 
 
 def remove_leftovers(folder: str) -> None:
-    """Remove what writing left that was killed.
-
-    Args:
-        folder: ``OUTPUT_DIR``, in which nothing is being written.
-    """
+    """Remove what writing left that was killed, from a folder in which nothing is being written."""
     for path in Path(folder).glob("*.pth.tmp"):
         path.unlink(missing_ok=True)
 
@@ -220,31 +190,13 @@ def _ends_without_comment(data: bytes) -> bool:
 
 
 def _sha256(file: BufferedIOBase, size: int) -> bytes:
-    """Return the hexadecimal SHA-256 of the first ``size`` bytes.
-
-    In large blocks, without the interpreter's lock but between them.
-    """
+    """Return the SHA-256 of the first bytes; in large blocks, between which others may run."""
     file.seek(0)
     checksum, block = hashlib.sha256(), memoryview(bytearray(min(size, 1 << 23)))
     while size and (count := file.readinto(block[:size])):
         checksum.update(block[:count])
         size -= count
     return checksum.hexdigest().encode()
-
-
-def _check_open(file: BufferedIOBase) -> None:
-    size = file.seek(0, os.SEEK_END)
-    if size == 0:
-        raise ValueError("empty")
-    file.seek(0)
-    if file.read(4) != b"PK\3\4":
-        raise ValueError("not a checkpoint")
-    file.seek(max(0, size - _SEAL_SIZE))
-    end = file.read()
-    if not end.startswith(_SEAL_START):
-        _check_unsealed(file, end)
-    elif _sha256(file, size - _SEAL_SIZE) != end[len(_SEAL_START) :]:
-        raise ValueError("its checksum differs")
 
 
 def _check_unsealed(file: BufferedIOBase, end: bytes) -> None:
@@ -263,44 +215,34 @@ def _named_last(folder: str, damaged: dict[str, str]) -> str:
     path = os.path.join(folder, LAST)
     try:
         name = Path(path).read_text(encoding="utf-8").strip()
+        if _PLAIN.fullmatch(name):
+            return os.path.join(folder, name)
+        damaged[path] = f"must name a file of its folder, not {name[:80]!r}"
     except FileNotFoundError:
-        return ""
+        pass  # of a run without checkpoints
     except (OSError, UnicodeDecodeError) as error:
         damaged[path] = f"cannot be read: {error}"
-        return ""
-    if not _is_plain(name):
-        damaged[path] = f"must name a file of its folder, not {name[:80]!r}"
-        return ""
-    return os.path.join(folder, name)
-
-
-def _is_plain(name: str) -> bool:
-    return bool(re.fullmatch(r"[^/\\\0]+", name)) and name not in (".", "..")
+    return ""
 
 
 def _candidates(folder: str, named: str) -> Iterator[str]:
+    """Yield the named one, then the others of a training; last those that cannot be read."""
     if named:
         yield named
-    iterations = {
-        str(path): _iteration(path) for path in Path(folder).glob("*.pth") if str(path) != named
-    }
-    training = (path for path in iterations if iterations[path] is not None)
-    yield from sorted(training, key=lambda path: iterations[path], reverse=True)
-
-
-def _iteration(path: Path) -> int | None:
-    """Return a checkpoint's iteration; -1 if it cannot be read, None if it is of no training."""
-    periodic = _PERIODIC.fullmatch(path.name)
-    if periodic:
-        return int(periodic[1])
-    try:
-        return _iteration_inside(str(path))
-    except ValueError:
-        return -1
+    iterations = {}
+    for path in Path(folder).glob("*.pth"):
+        periodic = _PERIODIC.fullmatch(path.name)
+        try:
+            iteration = int(periodic[1]) if periodic else _iteration_inside(str(path))
+        except ValueError:
+            iteration = -1
+        if iteration is not None and str(path) != named:
+            iterations[str(path)] = iteration
+    yield from sorted(iterations, key=iterations.__getitem__, reverse=True)
 
 
 def _iteration_inside(path: str) -> int | None:
+    """Return a checkpoint's iteration, None if it is of no training."""
     state = load_torch(path, mmap=True)
-    of_training = isinstance(state, dict) and "model" in state
-    iteration = state.get("iteration") if of_training else None
+    iteration = state.get("iteration") if isinstance(state, dict) and "model" in state else None
     return iteration if isinstance(iteration, int) else None

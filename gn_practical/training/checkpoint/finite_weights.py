@@ -9,10 +9,7 @@ from torch.nn.utils import get_total_norm
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no value of any tensor is infinite or NaN, by their norm: one pass over them.
-
-    Args:
-        tensors: of floating point.
+    """Whether no value of any floating-point tensor is infinite or NaN; one pass, by their norm.
 
     Example:
         >>> all_finite([torch.ones(2), torch.full((2,), 1e30)])
@@ -27,14 +24,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def require_finite_weights(weights: Mapping[str, Tensor]) -> None:
-    """Raise if a weight or statistic is not finite: before it takes the name of a checkpoint.
-
-    Args:
-        weights: the state dict of a model, about to be saved.
-
-    Raises:
-        FloatingPointError: with the first names.
-    """
+    """Raise a FloatingPointError if a state dict about to be saved is not finite."""
     weights = {name: value for name, value in weights.items() if value.is_floating_point()}
     if all_finite(weights.values()):
         return

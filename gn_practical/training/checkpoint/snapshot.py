@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, UntypedStorage
 
-_Key = tuple[torch.device, int, int]  # a piece of memory
-
 _DICTS = (dict, OrderedDict, Counter)
 _SEQUENCES = (list, tuple, set)
 _IMMUTABLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.Size)
-
-
 _ALIGNMENT = 64  # bytes
+
+_Key = tuple[torch.device, int, int]  # a piece of memory
+_Pair = tuple[UntypedStorage, UntypedStorage]  # a piece of memory and its copy
 
 
 class Snapshot:
@@ -40,8 +39,7 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
-        self._copies: dict[_Key, UntypedStorage] = {}
-        self._left: list[UntypedStorage] = []
+        self._left: list[_Pair] = []
         self._streams: list[torch.cuda.Stream] = []
 
     def take(self, state: Any, later: Iterable[Tensor] = ()) -> Any:
@@ -58,12 +56,15 @@ class Snapshot:
         Raises:
             ValueError: if it holds anything that a checkpoint could not be safely read with.
         """
-        storages = {_key(each): each for each in _storages(state)}
-        self._make_room(storages)
-        copied = self._rebuild(state, "")
-        left = {_key(each) for each in _storages(list(later))}
-        self._left = [each for key, each in storages.items() if key in left]
-        self._copy(each for key, each in storages.items() if key not in left)
+        tensors: list[tuple[Tensor, Tensor]] = []
+        copied = _rebuild(state, "", tensors)
+        storages = {_key(each): each.untyped_storage() for each, _ in tensors}
+        copies = self._make_room(storages)
+        for each, empty in tensors:
+            empty.set_(copies[_key(each)], each.storage_offset(), each.size(), each.stride())
+        left = {_key(each) for each in later if _is_plain(each)}
+        self._left = [(storages[key], copies[key]) for key in storages if key in left]
+        _copy((storages[key], copies[key]) for key in storages if key not in left)
         devices = {each.device for each in storages.values() if each.is_cuda}
         self._streams = [torch.cuda.Stream(each) for each in devices]
         for stream in self._streams:
@@ -75,80 +76,59 @@ class Snapshot:
         with ExitStack() as streams:
             for stream in self._streams:
                 streams.enter_context(torch.cuda.stream(stream))
-            self._copy(self._left)
+            _copy(self._left)
         for stream in self._streams:
             stream.synchronize()
         self._left, self._streams = [], []
 
-    def _make_room(self, storages: dict[_Key, UntypedStorage]) -> None:
+    def _make_room(self, storages: dict[_Key, UntypedStorage]) -> dict[_Key, UntypedStorage]:
         sizes = [-(-each.nbytes() // _ALIGNMENT) * _ALIGNMENT for each in storages.values()]
-        starts = np.cumsum([0, *sizes])
-        if starts[-1] > self._memory.nbytes:
-            pinned = any(each.is_cuda for each in storages.values())
-            self._memory = _allocate(int(starts[-1]), pinned)
-        self._copies = {
+        *starts, size = np.cumsum([0, *sizes]).tolist()
+        if size > self._memory.nbytes:
+            if any(each.is_cuda for each in storages.values()):
+                self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+            else:
+                # NumPy asks the system for large pages, first written to several times faster.
+                self._memory = np.empty(size, np.uint8)
+        return {
             key: torch.from_numpy(self._memory[start : start + each.nbytes()]).untyped_storage()
-            for start, (key, each) in zip(starts, storages.items(), strict=False)
+            for start, (key, each) in zip(starts, storages.items(), strict=True)
         }
 
-    def _copy(self, storages: Iterable[UntypedStorage]) -> None:
-        for storage in storages:
-            source, copied = (
-                torch.empty(0, dtype=torch.uint8, device=each.device).set_(each)
-                for each in (storage, self._copies[_key(storage)])
-            )
-            if storage.device.type == "cpu":
-                # One thread of NumPy's saturates the memory; PyTorch's would wait for one another
-                # where data workers hold the cores.
-                np.copyto(copied.numpy(), source.numpy())
-            else:
-                copied.copy_(source, non_blocking=True)
 
-    def _rebuild(self, value: Any, path: str) -> Any:
-        if isinstance(value, Tensor):
-            return self._rebuild_tensor(value)
-        if isinstance(value, np.generic):
-            return value.item()
-        if isinstance(value, _IMMUTABLE):
-            return value
-        if type(value) in _DICTS:
-            copied = copy.copy(value)  # with the versions of modules that OrderedDict carries
-            for key, each in value.items():
-                copied[key] = self._rebuild(each, f"{path}.{key}")
-            return copied
-        if type(value) in _SEQUENCES:
-            return type(value)(self._rebuild(each, f"{path}[]") for each in value)
-        raise ValueError(
-            f"a checkpoint must hold tensors and plain containers, got {type(value).__name__} in "
-            f"{path.lstrip('.')}. Put numbers, lists or tensors into that state_dict."
-        )
-
-    def _rebuild_tensor(self, tensor: Tensor) -> Tensor:
-        if not _is_plain(tensor):
-            return tensor.detach().cpu().clone()
-        copied = self._copies[_key(tensor.untyped_storage())]
-        place = (tensor.storage_offset(), tensor.size(), tensor.stride())
-        return torch.empty(0, dtype=tensor.dtype).set_(copied, *place)
+def _copy(pairs: Iterable[_Pair]) -> None:
+    for pair in pairs:
+        source, copied = (torch.empty(0, dtype=torch.uint8, device=s.device).set_(s) for s in pair)
+        if source.is_cpu:
+            # One thread of NumPy's saturates the memory; PyTorch's would wait for one another
+            # where data workers hold the cores.
+            np.copyto(copied.numpy(), source.numpy())
+        else:
+            copied.copy_(source, non_blocking=True)
 
 
-def _allocate(size: int, pinned: bool) -> np.ndarray:
-    if pinned:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
-    # NumPy asks the system for large pages: they are first written to several times faster.
-    return np.empty(size, np.uint8)
-
-
-def _storages(value: Any) -> Iterator[UntypedStorage]:
-    """Yield the memory of all tensors of a state."""
+def _rebuild(value: Any, path: str, tensors: list[tuple[Tensor, Tensor]]) -> Any:
+    """Copy containers; tensors as empty ones, added to ``tensors`` with what they are to hold."""
     if isinstance(value, Tensor):
-        if _is_plain(value):
-            yield value.untyped_storage()
-    elif isinstance(value, _DICTS):
-        for each in value.values():
-            yield from _storages(each)
-    elif isinstance(value, _SEQUENCES):
-        for each in value:
-            yield from _storages(each)
+        if not _is_plain(value):
+            return value.detach().cpu().clone()
+        tensors.append((value, torch.empty(0, dtype=value.dtype)))
+        return tensors[-1][1]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, _IMMUTABLE):
+        return value
+    if type(value) in _DICTS:
+        copied = copy.copy(value)  # with the versions of modules that OrderedDict carries
+        for key, each in value.items():
+            copied[key] = _rebuild(each, f"{path}.{key}", tensors)
+        return copied
+    if type(value) in _SEQUENCES:
+        return type(value)(_rebuild(each, f"{path}[]", tensors) for each in value)
+    raise ValueError(
+        f"a checkpoint must hold tensors and plain containers, got {type(value).__name__} in "
+        f"{path.lstrip('.')}. Put numbers, lists or tensors into that state_dict."
+    )
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -156,5 +136,6 @@ def _is_plain(tensor: Tensor) -> bool:
     return strided and tensor.untyped_storage().nbytes() > 0
 
 
-def _key(storage: UntypedStorage) -> _Key:
+def _key(tensor: Tensor) -> _Key:
+    storage = tensor.untyped_storage()
     return storage.device, storage.data_ptr(), storage.nbytes()

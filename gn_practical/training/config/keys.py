@@ -46,6 +46,14 @@ def add_training_config(cfg: CfgNode) -> None:
     # and is listed with the reason in OUTPUT_DIR/skipped_samples.json.
     cfg.DATALOADER.MAX_SKIPPED_SAMPLES = 0
 
+    # Share of a backbone's values that MODEL.WEIGHTS must fill before training; less is an error,
+    # for weights of another architecture, or of names that match none, train nothing. Models
+    # without a backbone are judged as a whole.
+    cfg.MODEL.WEIGHTS_MIN_SHARE = 0.9
+    # Evaluate weights in another model than they were trained in, or on other input: a warning in
+    # place of the error.
+    cfg.TEST.ALLOW_DIFFERENCES = False
+
     # How many of the checkpoints model_0000123.pth to keep, the newest; 0 for all. Where one can
     # be damaged, keep 2 at least: resuming takes the newest that is whole.
     cfg.SOLVER.CHECKPOINT_KEEP_LAST = 0

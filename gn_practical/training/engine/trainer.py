@@ -72,6 +72,7 @@ class Trainer(DefaultTrainer):
         self.checkpointer = GroupsCheckpointer(
             model,
             cfg.OUTPUT_DIR,
+            cfg=cfg,
             keep_last=cfg.SOLVER.CHECKPOINT_KEEP_LAST,
             trainer=weakref.proxy(self),
             training_state=self.state,

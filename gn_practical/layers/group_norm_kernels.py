@@ -1,27 +1,31 @@
 """Triton kernels of group normalization + residual + ReLU, at the cost of the memory traffic.
 
-A row is one channel of one sample, H * W values. Every kernel runs over tiles of rows by pixels,
-so its parallelism comes from N * C * H * W and never from the number of groups G:
+A row is one channel of one sample, H * W values. Kernels run over tiles of rows by pixels, so their
+parallelism comes from N * C * H * W and never from the number of groups G:
 
-    forward   1. moments    reads x           count, mean, M2 = Σ (x - mean)² of each row's chunks
+    forward   1. moments    reads x           mean and M2 = Σ (x - mean)² of each row's chunks
               2. combine    tiny              mean and rstd of each group, by Chan's formula
               3. normalize  reads x, writes y
     backward  1. sums       reads x, dy       Σ dz x̂ and Σ dz of each row's chunks
-              2. (PyTorch)  tiny              of channels: dγ and dβ; of groups: what dx needs
+              2. reduce     tiny              of groups: what dx needs; of channels: dγ and dβ
               3. gradient   reads x, dy, writes dx
 
-That is 8 accesses an element, 4 copies of the tensor. A residual adds 4: read forward; y read for
+That is 8 accesses an element, 4 copies of the tensor. A residual adds 3: read forward; y read for
 the mask, dz written as its gradient, which step 3 then reads in place of dy, backward.
+
+Where a group of a sample is small, one program has it to itself and finds it in the cache when it
+reads it again: one launch forward, and one backward where the other programs of that launch, which
+sum dγ and dβ, have few pixels too.
 
 Numerics: float32 throughout; a tile's moments are taken about its own mean and x̂ from x - mean, so
 nothing cancels when the mean is large; no atomics, so results repeat bit by bit. The ReLU's mask
-is computed again from x. Integers are not specialized, and the first launch of a kernel compiles
-it for the few tiles that other image sizes take: a new size compiles nothing.
+is computed again from x. The first call compiles what other image sizes take.
 """
 
 # ruff: noqa: ANN001, ANN202 -- Triton reads annotations of kernels as constexpr or nothing.
 
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,272 +33,526 @@ import triton.language as tl
 from torch import Tensor
 
 from gn_practical.layers.backends import INTERPRETED, memory_format
+from gn_practical.layers.kernel import Constants, Kernel
 
 TILE = 4096  # values a program holds in registers: 32 for each of 128 threads
 ROW_TILES = (4096, 512, 64)  # pixels of a tile of contiguous rows, for long and short ones
-MERGE_TILES = ((64, 16), (1, 1024))  # rows and moments of a tile, for few and many moments a row
-INTEGERS = ["N", "C", "HW", "G", "chunks", "rows", "K", "span"]
+STEPS = 4  # tiles of a chunk in channels_last
+MERGE_TILES = ((64, 16), (1, 4096))  # groups and their moments, for few and many moments a group
+GROUP_TILES = ((32, 128), (2, 2048))  # groups and their elements, for small and large ones
+CHANNELS, PIXELS = 16, 256  # a tile of the sums of channels
+LARGEST_GROUP = 2**14  # elements that one program takes, in 8 steps: some 10 µs, as two launches
+MOST_PIXELS = 2**12  # of the batch, which the programs of dγ and dβ take in 16 steps
 
 
 @triton.jit
-def _rows(N, C, HW, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return this program's rows, which of them exist, and the offset of their first pixel."""
+def _rows(N, C, HW, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return this program's rows, which of them exist, where they begin, and the true C and HW."""
     block = tl.program_id(0)
+    # The compiler learns here that the inner dimension is a multiple of a 128-bit load.
     if CHANNELS_LAST:
+        C *= VECTOR
         blocks = tl.cdiv(C, BLOCK_C)
         n = block // blocks
         c = block % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-        return n * C + c, c < C, n.to(tl.int64) * C * HW + c
+        return n * C + c, c < C, n.to(tl.int64) * C * HW + c, C, HW
+    HW *= VECTOR
     row = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    return row, row < N * C, row.to(tl.int64) * HW
+    return row, row < N * C, row.to(tl.int64) * HW, C, HW
 
 
 @triton.jit
-def _pixels(step, C, HW, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr):
-    """Return which pixels of this program's chunk exist, their offsets and their number."""
+def _pixels(
+    step, first, valid, C, HW,
+    CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Return offsets of a tile of this program's chunk, which exist, and how many pixels do."""
     start = (tl.program_id(1) * STEPS + step) * BLOCK_P
     p = start + tl.arange(0, BLOCK_P)
+    offset = p * C if CHANNELS_LAST else p
     count = tl.maximum(tl.minimum(HW - start, BLOCK_P), 0).to(tl.float32)
-    return p < HW, p * C if CHANNELS_LAST else p, count
+    return first[:, None] + offset[None, :], valid[:, None] & (p < HW)[None, :], count
 
 
 @triton.jit
-def _parameters(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, row, valid, C, G):
+def _add_tile(x, mask, n, count, mean, m2):
+    """Combine the moments of ``count`` values and of a tile of ``n`` more, by Chan's formula."""
+    tile_mean = tl.sum(x, 1) / tl.maximum(n, 1.0)
+    centred = tl.where(mask, x - tile_mean[:, None], 0.0)
+    delta = tile_mean - mean
+    share = n / tl.maximum(count + n, 1.0)
+    m2 += tl.sum(centred * centred, 1) + delta * delta * count * share
+    return mean + delta * share, m2
+
+
+@triton.jit
+def _parameters(stats_ptr, weight_ptr, bias_ptr, row, valid, N, C, G):
     """Load mean, rstd, weight and bias of each row, as columns."""
     group = row // (C // G)  # counted over all samples, since row = n C + c
-    mean = tl.load(mean_ptr + group, valid, 0.0)
-    rstd = tl.load(rstd_ptr + group, valid, 0.0)
+    mean = tl.load(stats_ptr + group, valid, 0.0)
+    rstd = tl.load(stats_ptr + N * G + group, valid, 0.0)
     weight = tl.load(weight_ptr + row % C, valid, 0.0).to(tl.float32)
     bias = tl.load(bias_ptr + row % C, valid, 0.0).to(tl.float32)
     return mean[:, None], rstd[:, None], weight[:, None], bias[:, None]
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@triton.jit
+def _store_output(
+    x, residual_ptr, y_ptr, at, mask, mean, rstd, weight, bias,
+    RELU: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Write y = act((x - mean) rstd weight + bias + residual)."""
+    y = (x - mean) * rstd * weight + bias
+    if RESIDUAL:
+        y += tl.load(residual_ptr + at, mask, 0.0).to(tl.float32)
+    if RELU:
+        y = tl.where(y < 0.0, 0.0, y)  # a NaN stays, as in PyTorch
+    tl.store(y_ptr + at, y, mask)
+
+
+@triton.jit
+def _load_dz(
+    dy_ptr, x_ptr, y_ptr, at, mask, mean, rstd, weight, bias,
+    RELU: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Return dz = dL/d(input of the activation), zero outside the mask, and x̂."""
+    dz = tl.load(dy_ptr + at, mask, 0.0).to(tl.float32)
+    normalized = (tl.load(x_ptr + at, mask, 0.0).to(tl.float32) - mean) * rstd
+    if RESIDUAL:  # with ReLU: its mask is read off the output
+        dz = tl.where(tl.load(y_ptr + at, mask, 0.0).to(tl.float32) <= 0.0, 0.0, dz)
+    elif RELU:
+        dz = tl.where(normalized * weight + bias <= 0.0, 0.0, dz)
+    return dz, normalized
+
+
+@Kernel
 def _moments(
-    x_ptr, mean_ptr, m2_ptr, N, C, HW,
+    x_ptr, moments_ptr, N, C, HW,
     CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and Σ (x - mean)² of each row's chunk, tile after tile by Chan's formula."""
-    # The compiler learns here that the inner dimension is a multiple of a 128-bit load.
-    if CHANNELS_LAST:
-        C *= VECTOR
-    else:
-        HW *= VECTOR
-    row, valid, first = _rows(N, C, HW, CHANNELS_LAST, BLOCK_C)
+    """Mean and Σ (x - mean)² of each row's chunk, tile after tile."""
+    row, valid, first, C, HW = _rows(N, C, HW, CHANNELS_LAST, VECTOR, BLOCK_C)
     count = 0.0
     mean = tl.zeros([BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_C], tl.float32)
     for step in tl.static_range(STEPS):
-        inside, offset, n = _pixels(step, C, HW, CHANNELS_LAST, BLOCK_P, STEPS)
-        mask = valid[:, None] & inside[None, :]
-        x = tl.load(x_ptr + first[:, None] + offset[None, :], mask, 0.0).to(tl.float32)
-        tile_mean = tl.sum(x, 1) / tl.maximum(n, 1.0)
-        centred = tl.where(mask, x - tile_mean[:, None], 0.0)
-        delta = tile_mean - mean
-        share = n / tl.maximum(count + n, 1.0)
-        mean += delta * share
-        m2 += tl.sum(centred * centred, 1) + delta * delta * count * share
+        at, mask, n = _pixels(step, first, valid, C, HW, CHANNELS_LAST, BLOCK_P, STEPS)
+        x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
+        mean, m2 = _add_tile(x, mask, n, count, mean, m2)
         count += n
-    out = row * tl.num_programs(1) + tl.program_id(1)
-    tl.store(mean_ptr + out, mean, valid)
-    tl.store(m2_ptr + out, m2, valid)
+    chunks = tl.num_programs(1)
+    out = moments_ptr + row * chunks + tl.program_id(1)
+    tl.store(out, mean, valid)
+    tl.store(out + N * C * chunks, m2, valid)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@Kernel
 def _combine(
-    mean_ptr, m2_ptr, out_mean_ptr, out_ptr, rows, K, chunks, span, HW, eps,
-    FINAL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    moments_ptr, stats_ptr, rows, K, chunks, span, HW, eps,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Combine K moments into one, for each of ``rows``; M2 becomes rstd where FINAL.
+    """Combine the K moments of each of ``rows`` groups to its mean and rstd.
 
     Moment k holds ``span`` values, the last of every ``chunks`` fewer, so that these hold HW.
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     size = (K // chunks).to(tl.float32) * HW
-    shift = tl.load(mean_ptr + row * K, row < rows, 0.0)
-    total = tl.zeros([BLOCK_R], tl.float32)
+    at = moments_ptr + row[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
+    shift = tl.load(moments_ptr + row * K, row < rows, 0.0)[:, None]
+    total = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         mask = (row < rows)[:, None] & (k < K)[None, :]
-        count = tl.minimum(HW - k % chunks * span, span).to(tl.float32)
-        mean = tl.load(mean_ptr + row[:, None] * K + k[None, :], mask, 0.0)
-        total += tl.sum(tl.where(mask, (mean - shift[:, None]) * count[None, :], 0.0), 1)
-    centre = shift + total / size
-    m2 = tl.zeros([BLOCK_R], tl.float32)
+        count = tl.minimum(HW - k % chunks * span, span).to(tl.float32)[None, :]
+        total += tl.where(mask, (tl.load(at + start, mask, 0.0) - shift) * count, 0.0)
+    centre = shift + tl.sum(total, 1)[:, None] / size
+    m2 = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         mask = (row < rows)[:, None] & (k < K)[None, :]
-        count = tl.minimum(HW - k % chunks * span, span).to(tl.float32)
-        delta = tl.load(mean_ptr + row[:, None] * K + k[None, :], mask, 0.0) - centre[:, None]
-        part = tl.load(m2_ptr + row[:, None] * K + k[None, :], mask, 0.0)
-        m2 += tl.sum(tl.where(mask, part + count[None, :] * delta * delta, 0.0), 1)
-    tl.store(out_mean_ptr + row, centre, row < rows)
-    out = 1.0 / tl.sqrt(m2 / size + eps) if FINAL else m2
-    tl.store(out_ptr + row, out, row < rows)
+        count = tl.minimum(HW - k % chunks * span, span).to(tl.float32)[None, :]
+        delta = tl.load(at + start, mask, 0.0) - centre
+        part = tl.load(at + start + rows * K, mask, 0.0)
+        m2 += tl.where(mask, part + count * delta * delta, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(m2, 1)[:, None] / size + eps)
+    tl.store(stats_ptr + row[:, None], centre, (row < rows)[:, None])
+    tl.store(stats_ptr + rows + row[:, None], rstd, (row < rows)[:, None])
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@Kernel
 def _normalize(
-    x_ptr, residual_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, N, C, HW, G,
+    x_ptr, residual_ptr, y_ptr, stats_ptr, weight_ptr, bias_ptr, N, C, HW, G,
     RELU: tl.constexpr, RESIDUAL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Write y = act((x - mean) rstd weight + bias + residual)."""
-    if CHANNELS_LAST:
-        C *= VECTOR
-    else:
-        HW *= VECTOR
-    row, valid, first = _rows(N, C, HW, CHANNELS_LAST, BLOCK_C)
-    mean, rstd, weight, bias = _parameters(
-        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, row, valid, C, G
-    )
+    """Write y from the statistics."""
+    row, valid, first, C, HW = _rows(N, C, HW, CHANNELS_LAST, VECTOR, BLOCK_C)
+    mean, rstd, weight, bias = _parameters(stats_ptr, weight_ptr, bias_ptr, row, valid, N, C, G)
     for step in tl.static_range(STEPS):
-        inside, offset, _ = _pixels(step, C, HW, CHANNELS_LAST, BLOCK_P, STEPS)
-        mask = valid[:, None] & inside[None, :]
-        at = first[:, None] + offset[None, :]
+        at, mask, _ = _pixels(step, first, valid, C, HW, CHANNELS_LAST, BLOCK_P, STEPS)
         x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
-        y = (x - mean) * rstd * weight + bias
-        if RESIDUAL:
-            y += tl.load(residual_ptr + at, mask, 0.0).to(tl.float32)
-        if RELU:
-            y = tl.where(y < 0.0, 0.0, y)  # a NaN stays, as in PyTorch
-        tl.store(y_ptr + at, y, mask)
+        _store_output(
+            x, residual_ptr, y_ptr, at, mask, mean, rstd, weight, bias, RELU, RESIDUAL
+        )
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@Kernel
 def _sums(
-    dy_ptr, x_ptr, y_ptr, dz_ptr, sums_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, N, C, HW, G,
+    dy_ptr, x_ptr, y_ptr, dz_ptr, sums_ptr, stats_ptr, weight_ptr, bias_ptr, N, C, HW, G,
     RELU: tl.constexpr, RESIDUAL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Σ dz x̂ and Σ dz of each row's chunk, where dz = dL/d(input of the activation)."""
-    if CHANNELS_LAST:
-        C *= VECTOR
-    else:
-        HW *= VECTOR
-    row, valid, first = _rows(N, C, HW, CHANNELS_LAST, BLOCK_C)
-    mean, rstd, weight, bias = _parameters(
-        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, row, valid, C, G
-    )
+    """Σ dz x̂ and Σ dz of each row's chunk; with a residual, dz is kept."""
+    row, valid, first, C, HW = _rows(N, C, HW, CHANNELS_LAST, VECTOR, BLOCK_C)
+    mean, rstd, weight, bias = _parameters(stats_ptr, weight_ptr, bias_ptr, row, valid, N, C, G)
     for_weight = tl.zeros([BLOCK_C], tl.float32)
     for_bias = tl.zeros([BLOCK_C], tl.float32)
     for step in tl.static_range(STEPS):
-        inside, offset, _ = _pixels(step, C, HW, CHANNELS_LAST, BLOCK_P, STEPS)
-        mask = valid[:, None] & inside[None, :]
-        at = first[:, None] + offset[None, :]
-        dz = tl.load(dy_ptr + at, mask, 0.0).to(tl.float32)
-        normalized = (tl.load(x_ptr + at, mask, 0.0).to(tl.float32) - mean) * rstd
-        if RESIDUAL:  # with ReLU: its mask is read off the output, and dz kept
-            dz = tl.where(tl.load(y_ptr + at, mask, 0.0).to(tl.float32) <= 0.0, 0.0, dz)
+        at, mask, _ = _pixels(step, first, valid, C, HW, CHANNELS_LAST, BLOCK_P, STEPS)
+        dz, normalized = _load_dz(
+            dy_ptr, x_ptr, y_ptr, at, mask, mean, rstd, weight, bias, RELU, RESIDUAL
+        )
+        if RESIDUAL:
             tl.store(dz_ptr + at, dz, mask)
-        elif RELU:
-            dz = tl.where(normalized * weight + bias <= 0.0, 0.0, dz)
-        # dz is zero outside the mask.
         for_weight += tl.sum(dz * normalized, 1)
         for_bias += tl.sum(dz, 1)
     chunks = tl.num_programs(1)
-    out = row * chunks + tl.program_id(1)
-    tl.store(sums_ptr + out, for_weight, valid)
-    tl.store(sums_ptr + out + N * C * chunks, for_bias, valid)
+    out = sums_ptr + row * chunks + tl.program_id(1)
+    tl.store(out, for_weight, valid)
+    tl.store(out + N * C * chunks, for_bias, valid)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@Kernel
+def _reduce(
+    sums_ptr, means_ptr, grad_weight_ptr, grad_bias_ptr, weight_ptr, N, C, HW, G, chunks,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Means of (weight dz x̂) and (weight dz) of the groups; sums of the channels, dγ and dβ."""
+    blocks = tl.cdiv(N * G, BLOCK_R)
+    block = tl.program_id(0)
+    if block < blocks:
+        _reduce_groups(block, sums_ptr, means_ptr, weight_ptr, N, C, HW, G, chunks,
+                       BLOCK_R, BLOCK_K)  # fmt: skip
+    else:
+        _reduce_channels(block - blocks, sums_ptr, grad_weight_ptr, grad_bias_ptr, N, C, chunks,
+                         BLOCK_C, BLOCK_N)  # fmt: skip
+
+
+@triton.jit
+def _reduce_groups(
+    block, sums_ptr, means_ptr, weight_ptr, N, C, HW, G, chunks,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    row = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    channels = C // G
+    slope = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    constant = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    for start in range(0, channels * chunks, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        mask = (row < N * G)[:, None] & (k < channels * chunks)[None, :]
+        c = (row % G * channels)[:, None] + (k // chunks)[None, :]
+        weight = tl.load(weight_ptr + c, mask, 0.0).to(tl.float32)
+        at = sums_ptr + (row * channels * chunks)[:, None] + k[None, :]
+        slope += tl.load(at, mask, 0.0) * weight
+        constant += tl.load(at + N * C * chunks, mask, 0.0) * weight
+    size = channels.to(tl.float32) * HW
+    tl.store(means_ptr + row, tl.sum(slope, 1) / size, row < N * G)
+    tl.store(means_ptr + N * G + row, tl.sum(constant, 1) / size, row < N * G)
+
+
+@triton.jit
+def _reduce_channels(
+    block, sums_ptr, grad_weight_ptr, grad_bias_ptr, N, C, chunks,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    for_weight = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
+    for_bias = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
+    for start in range(0, N * chunks, BLOCK_N):
+        k = start + tl.arange(0, BLOCK_N)
+        mask = (c < C)[:, None] & (k < N * chunks)[None, :]
+        row = (k // chunks * C)[None, :] + c[:, None]
+        at = sums_ptr + row * chunks + (k % chunks)[None, :]
+        for_weight += tl.load(at, mask, 0.0)
+        for_bias += tl.load(at + N * C * chunks, mask, 0.0)
+    tl.store(grad_weight_ptr + c, tl.sum(for_weight, 1), c < C)
+    tl.store(grad_bias_ptr + c, tl.sum(for_bias, 1), c < C)
+
+
+@Kernel
 def _gradient(
-    dy_ptr, x_ptr, dx_ptr, groups_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, N, C, HW, G,
+    dz_ptr, x_ptr, dx_ptr, means_ptr, stats_ptr, weight_ptr, bias_ptr, N, C, HW, G,
     RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Write dx = rstd (weight dz - its group mean - x̂ · group mean of (weight dz x̂))."""
-    if CHANNELS_LAST:
-        C *= VECTOR
-    else:
-        HW *= VECTOR
-    row, valid, first = _rows(N, C, HW, CHANNELS_LAST, BLOCK_C)
-    mean, rstd, weight, bias = _parameters(
-        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, row, valid, C, G
-    )
+    row, valid, first, C, HW = _rows(N, C, HW, CHANNELS_LAST, VECTOR, BLOCK_C)
+    mean, rstd, weight, bias = _parameters(stats_ptr, weight_ptr, bias_ptr, row, valid, N, C, G)
     group = row // (C // G)
-    size = (C // G).to(tl.float32) * HW
-    slope = (tl.load(groups_ptr + group, valid, 0.0) / size)[:, None]
-    constant = (tl.load(groups_ptr + group + N * G, valid, 0.0) / size)[:, None]
+    slope = tl.load(means_ptr + group, valid, 0.0)[:, None]
+    constant = tl.load(means_ptr + N * G + group, valid, 0.0)[:, None]
     for step in tl.static_range(STEPS):
-        inside, offset, _ = _pixels(step, C, HW, CHANNELS_LAST, BLOCK_P, STEPS)
-        mask = valid[:, None] & inside[None, :]
-        at = first[:, None] + offset[None, :]
-        dz = tl.load(dy_ptr + at, mask, 0.0).to(tl.float32)
-        normalized = (tl.load(x_ptr + at, mask, 0.0).to(tl.float32) - mean) * rstd
-        if RELU:
-            dz = tl.where(normalized * weight + bias <= 0.0, 0.0, dz)
+        at, mask, _ = _pixels(step, first, valid, C, HW, CHANNELS_LAST, BLOCK_P, STEPS)
+        dz, normalized = _load_dz(
+            dz_ptr, x_ptr, None, at, mask, mean, rstd, weight, bias, RELU, False
+        )
         tl.store(dx_ptr + at, rstd * (weight * dz - constant - normalized * slope), mask)
 
 
-class Tiling(NamedTuple):
-    """How a tensor is cut into programs.
+@triton.jit
+def _groups(
+    block, N, G, HW, inner,
+    CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Return a program's groups, which exist, where they begin; numbers and channels of each.
+
+    ``inner`` numbers lie side by side in memory, all of a group or, in channels_last, of a pixel.
+    """
+    inner *= VECTOR
+    row = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    if CHANNELS_LAST:
+        first = (row // G).to(tl.int64) * HW * G * inner + row % G * inner
+        return row, row < N * G, first, inner * HW, inner
+    return row, row < N * G, row.to(tl.int64) * inner, inner, inner // HW
+
+
+@triton.jit
+def _elements(
+    start, row, valid, first, size, channels, G, HW,
+    CHANNELS_LAST: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return offsets of a tile of groups' elements, which of them exist, and their channels."""
+    k = start + tl.arange(0, BLOCK_K)
+    if CHANNELS_LAST:
+        offset = k // channels * (G * channels) + k % channels
+        c = k % channels
+    else:
+        offset = k
+        c = k // HW
+    mask = valid[:, None] & (k < size)[None, :]
+    return first[:, None] + offset[None, :], mask, (row % G * channels)[:, None] + c[None, :]
+
+
+@Kernel
+def _forward_groups(
+    x_ptr, residual_ptr, y_ptr, stats_ptr, weight_ptr, bias_ptr, N, G, HW, inner, eps,
+    RELU: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The forward pass of whole groups."""
+    row, valid, first, size, channels = _groups(
+        tl.program_id(0), N, G, HW, inner, CHANNELS_LAST, VECTOR, BLOCK_R
+    )
+    mean = tl.zeros([BLOCK_R], tl.float32)
+    m2 = tl.zeros([BLOCK_R], tl.float32)
+    for start in range(0, size, BLOCK_K):
+        at, mask, _ = _elements(
+            start, row, valid, first, size, channels, G, HW, CHANNELS_LAST, BLOCK_K
+        )
+        x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
+        n = tl.minimum(size - start, BLOCK_K).to(tl.float32)
+        count = tl.minimum(size, start).to(tl.float32)
+        mean, m2 = _add_tile(x, mask, n, count, mean, m2)
+    rstd = 1.0 / tl.sqrt(m2 / size + eps)
+    tl.store(stats_ptr + row, mean, valid)
+    tl.store(stats_ptr + N * G + row, rstd, valid)
+    for start in range(0, size, BLOCK_K):
+        at, mask, c = _elements(
+            start, row, valid, first, size, channels, G, HW, CHANNELS_LAST, BLOCK_K
+        )
+        x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + c, mask, 0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + c, mask, 0.0).to(tl.float32)
+        _store_output(
+            x, residual_ptr, y_ptr, at, mask, mean[:, None], rstd[:, None], weight, bias,
+            RELU, RESIDUAL,
+        )  # fmt: skip
+
+
+@Kernel
+def _backward_groups(
+    dy_ptr, x_ptr, y_ptr, dz_ptr, dx_ptr, grad_weight_ptr, grad_bias_ptr, stats_ptr, weight_ptr,
+    bias_ptr, N, G, HW, inner,
+    RELU: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The backward pass of whole groups, and in the programs after them dγ and dβ."""
+    blocks = tl.cdiv(N * G, BLOCK_R)
+    block = tl.program_id(0)
+    if block < blocks:
+        _gradient_of_groups(
+            block, dy_ptr, x_ptr, y_ptr, dz_ptr, dx_ptr, stats_ptr, weight_ptr, bias_ptr, N, G, HW,
+            inner, RELU, RESIDUAL, CHANNELS_LAST, VECTOR, BLOCK_R, BLOCK_K,
+        )  # fmt: skip
+    else:
+        _gradient_of_channels(
+            block - blocks, dy_ptr, x_ptr, y_ptr, grad_weight_ptr, grad_bias_ptr, stats_ptr,
+            weight_ptr, bias_ptr, N, G, HW, inner, RELU, RESIDUAL, CHANNELS_LAST, VECTOR,
+            BLOCK_C, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def _gradient_of_groups(
+    block, dy_ptr, x_ptr, y_ptr, dz_ptr, dx_ptr, stats_ptr, weight_ptr, bias_ptr, N, G, HW, inner,
+    RELU: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    row, valid, first, size, channels = _groups(
+        block, N, G, HW, inner, CHANNELS_LAST, VECTOR, BLOCK_R
+    )
+    mean = tl.load(stats_ptr + row, valid, 0.0)[:, None]
+    rstd = tl.load(stats_ptr + N * G + row, valid, 0.0)[:, None]
+    slope = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    constant = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    for start in range(0, size, BLOCK_K):
+        at, mask, c = _elements(
+            start, row, valid, first, size, channels, G, HW, CHANNELS_LAST, BLOCK_K
+        )
+        weight = tl.load(weight_ptr + c, mask, 0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + c, mask, 0.0).to(tl.float32)
+        dz, normalized = _load_dz(
+            dy_ptr, x_ptr, y_ptr, at, mask, mean, rstd, weight, bias, RELU, RESIDUAL
+        )
+        slope += weight * dz * normalized
+        constant += weight * dz
+    slope_mean = tl.sum(slope, 1)[:, None] / size
+    constant_mean = tl.sum(constant, 1)[:, None] / size
+    for start in range(0, size, BLOCK_K):
+        at, mask, c = _elements(
+            start, row, valid, first, size, channels, G, HW, CHANNELS_LAST, BLOCK_K
+        )
+        weight = tl.load(weight_ptr + c, mask, 0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + c, mask, 0.0).to(tl.float32)
+        dz, normalized = _load_dz(
+            dy_ptr, x_ptr, y_ptr, at, mask, mean, rstd, weight, bias, RELU, RESIDUAL
+        )
+        if RESIDUAL:
+            tl.store(dz_ptr + at, dz, mask)
+        dx = rstd * (weight * dz - constant_mean - normalized * slope_mean)
+        tl.store(dx_ptr + at, dx, mask)
+
+
+@triton.jit
+def _gradient_of_channels(
+    block, dy_ptr, x_ptr, y_ptr, grad_weight_ptr, grad_bias_ptr, stats_ptr, weight_ptr, bias_ptr,
+    N, G, HW, inner,
+    RELU: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    channels = inner * VECTOR if CHANNELS_LAST else inner * VECTOR // HW
+    C = G * channels
+    c = (block * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
+    weight = tl.load(weight_ptr + c, c < C, 0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + c, c < C, 0.0).to(tl.float32)
+    for_weight = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
+    for_bias = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
+    for start in range(0, N * HW, BLOCK_N):
+        k = (start + tl.arange(0, BLOCK_N))[None, :]
+        mask = (c < C) & (k < N * HW)
+        if CHANNELS_LAST:
+            at = k.to(tl.int64) * C + c
+        else:
+            at = ((k // HW).to(tl.int64) * C + c) * HW + k % HW
+        group = k // HW * G + c // channels
+        mean = tl.load(stats_ptr + group, mask, 0.0)
+        rstd = tl.load(stats_ptr + N * G + group, mask, 0.0)
+        dz, normalized = _load_dz(
+            dy_ptr, x_ptr, y_ptr, at, mask, mean, rstd, weight, bias, RELU, RESIDUAL
+        )
+        for_weight += dz * normalized
+        for_bias += dz
+    tl.store(grad_weight_ptr + c, tl.sum(for_weight, 1)[:, None], c < C)
+    tl.store(grad_bias_ptr + c, tl.sum(for_bias, 1)[:, None], c < C)
+
+
+class Plan(NamedTuple):
+    """How the passes over a tensor are cut into programs.
 
     Attributes:
         grid: blocks of rows, chunks of pixels.
         sizes: N, C, HW as the kernels take them: the inner one of C and HW in units of VECTOR.
-        constants: the kernels' compile-time arguments.
-        others: those that the same layer takes for other image sizes.
+        tile: the constants of kernels over rows.
+        tiles: what the same layer takes for other image sizes.
+        span: pixels of a chunk.
+        group_sizes: G, HW, and what lies side by side of a group, in units of VECTOR.
+        group_tile: the constants of kernels over whole groups.
+        group_tiles: what the same layer takes for other image sizes.
+        small: whether a program can take a group.
+        few: whether a program can take the pixels of a few channels.
     """
 
-    grid: tuple[int, int]
-    sizes: tuple[int, int, int]
-    constants: dict[str, Any]
-    others: list[dict[str, Any]]
+    grid: tuple[int, int, int]
+    sizes: tuple[int, int, int, int]
+    tile: Constants
+    tiles: tuple[Constants, ...]
+    span: int
+    group_sizes: tuple[int, int, int, int]
+    group_tile: Constants
+    group_tiles: tuple[Constants, ...]
+    small: bool
+    few: bool
 
-    @property
-    def span(self) -> int:
-        """Pixels of a chunk."""
-        return self.constants["BLOCK_P"] * self.constants["STEPS"]
 
-
-def tile(x: Tensor) -> Tiling:
-    """Cut a tensor of shape (N, C, *) that has the layout :func:`memory_format`."""
-    channels_last = memory_format(x) is not torch.contiguous_format
-    batch, channels = x.shape[:2]
-    pixels = x[0, 0].numel()
-    vector = 16 // x.element_size()
-    wide = vector if (channels if channels_last else pixels) % vector == 0 else 1
+@lru_cache(2**14)
+def plan(shape: torch.Size, itemsize: int, channels_last: bool, num_groups: int) -> Plan:
+    """Cut a tensor of shape (N, C, *) in its layout."""
+    batch, channels = shape[:2]
+    pixels = shape[2:].numel()
+    vector = 16 // itemsize
     if channels_last:
+        wide = vector if channels % vector == 0 else 1
         block_c = min(triton.next_power_of_2(channels), 64)
-        constants = _constants(True, wide, TILE // block_c, 4)
-        others = []  # of the image's size nothing depends
+        tile = (True, wide, block_c, TILE // block_c, STEPS)
+        tiles = (tile,)  # of the image's size nothing depends
         row_blocks = batch * triton.cdiv(channels, block_c)
-        sizes = (batch, channels // wide, pixels)
+        sizes = (batch, channels // wide, pixels, num_groups)
     else:
+        wide = vector if pixels % vector == 0 else 1
         block_p = ROW_TILES[0 if pixels >= 4096 else 1 if pixels > 256 else 2]
-        constants = _constants(False, wide, block_p, 1)
-        others = [_constants(False, v, p, 1) for v in (1, vector) for p in ROW_TILES]
-        row_blocks = triton.cdiv(batch * channels, constants["BLOCK_C"])
-        sizes = (batch, channels, pixels // wide)
-    chunks = triton.cdiv(pixels, constants["BLOCK_P"] * constants["STEPS"])
-    return Tiling((row_blocks, chunks), sizes, constants, others)
-
-
-def _constants(channels_last: bool, vector: int, block_p: int, steps: int) -> dict[str, Any]:
-    return {"CHANNELS_LAST": channels_last, "VECTOR": vector, "BLOCK_C": TILE // block_p,
-            "BLOCK_P": block_p, "STEPS": steps}  # fmt: skip
+        tile = (False, wide, TILE // block_p, block_p, 1)
+        tiles = tuple((False, v, TILE // p, p, 1) for v in (1, vector) for p in ROW_TILES)
+        row_blocks = triton.cdiv(batch * channels, TILE // block_p)
+        sizes = (batch, channels, pixels // wide, num_groups)
+    span = tile[3] * tile[4]
+    size = channels // num_groups * pixels
+    inner = channels // num_groups if channels_last else size
+    wide = vector if inner % vector == 0 else 1
+    group_tile = (channels_last, wide, *GROUP_TILES[size > 512])
+    vectors = (wide,) if channels_last else (1, vector)
+    return Plan(
+        (row_blocks, triton.cdiv(pixels, span), 1), sizes, tile, tiles, span,
+        (batch, num_groups, pixels, inner // wide), group_tile,
+        tuple((channels_last, v, *t) for v in vectors for t in GROUP_TILES),
+        size <= LARGEST_GROUP, batch * pixels <= MOST_PIXELS,
+    )  # fmt: skip
 
 
 _compiled: set[tuple] = set()
 
 
-def _launch(
-    kernel: Any, grid: tuple[int, ...], others: list[dict], *args: Any, **constants: Any
-) -> None:
-    """Launch a kernel; the first time, compile it with the ``others`` of its constants too."""
-    if others and not INTERPRETED:
-        types = (getattr(a, "dtype", None) for a in args)
-        key = (kernel, *types, *(v for k, v in constants.items() if k not in others[0]))
-        if key not in _compiled:
-            _compiled.add(key)
-            for other in others:
-                kernel.warmup(*args, grid=grid, **{**constants, **other})
-    kernel[grid](*args, **constants)
+def _ways(small: bool, key: tuple) -> tuple[bool, ...]:
+    """Whether to run whole groups; both ways at first, so that other sizes compile nothing."""
+    if key in _compiled or INTERPRETED:
+        return (small,)
+    _compiled.add(key)
+    return (not small, small)
+
+
+def _plan(x: Tensor, num_groups: int) -> Plan:
+    last = memory_format(x) is not torch.contiguous_format
+    return plan(x.shape, x.element_size(), last, num_groups)
+
+
+def _dense(x: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """Return ``x`` in a layout, at an address that 128-bit loads take."""
+    if not x.is_contiguous(memory_format=layout):
+        x = x.contiguous(memory_format=layout)
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def forward(
@@ -305,8 +563,8 @@ def forward(
     num_groups: int,
     eps: float,
     relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, and mean and rstd of shape (N, G) in float32.
+) -> tuple[Tensor, Tensor]:
+    """Return y, and mean and rstd in float32, of shape (2, N, G).
 
     Args:
         x: of shape (N, C, *), not empty; float32, bfloat16 or float16.
@@ -317,76 +575,60 @@ def forward(
         eps: added to the variance under the root.
         relu: apply ReLU last.
     """
-    x = x.contiguous(memory_format=memory_format(x))
+    layout = memory_format(x)
+    x, weight, bias = _dense(x, layout), _dense(weight), _dense(bias)
+    residual = None if residual is None else _dense(residual, layout)
+    p, y = _plan(x, num_groups), torch.empty_like(x)
+    stats = x.new_empty((2, x.shape[0], num_groups), dtype=torch.float32)
+    tensors = (x, residual, y, stats, weight, bias)
+    key, flags = _key(x, weight, bias), (relu, residual is not None)
     with torch.cuda.device_of(x):
-        mean, rstd = _statistics(x, tile(x), num_groups, eps)
-    return normalize(x, weight, bias, residual, mean, rstd, relu), mean, rstd
+        for small in _ways(p.small, (key, flags, layout)):
+            if small:
+                grid = (triton.cdiv(stats.numel() // 2, p.group_tile[2]), 1, 1)
+                args = (*tensors, *p.group_sizes, eps)
+                _forward_groups(grid, args, key, flags, p.group_tile, p.group_tiles)
+            else:
+                _statistics(x, stats, p, eps, key)
+                _normalize(p.grid, (*tensors, *p.sizes), key, flags, p.tile, p.tiles)
+    return y, stats
+
+
+def _key(x: Tensor, weight: Tensor, bias: Tensor) -> tuple:
+    return x.dtype, weight.dtype, bias.dtype, x.get_device()
+
+
+def _statistics(x: Tensor, stats: Tensor, p: Plan, eps: float, key: tuple) -> None:
+    batch, num_groups, pixels, _ = p.group_sizes
+    rows, chunks, groups = batch * x.shape[1], p.grid[1], batch * num_groups
+    moments = stats.new_empty(2 * rows * chunks)
+    _moments(p.grid, (x, moments, *p.sizes[:3]), key, (), p.tile, p.tiles)
+    size = rows // groups * chunks
+    tile = MERGE_TILES[size > 64]
+    grid = (triton.cdiv(groups, tile[0]), 1, 1)
+    args = (moments, stats, groups, size, chunks, p.span, pixels, eps)
+    _combine(grid, args, key, (), tile, MERGE_TILES)
 
 
 def normalize(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    relu: bool,
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stats: Tensor, relu: bool
 ) -> Tensor:
     """Return y from the statistics: the last step of :func:`forward`, with its arguments."""
     layout = memory_format(x)
-    x = x.contiguous(memory_format=layout)
-    if residual is not None:
-        residual = residual.contiguous(memory_format=layout)
-    tiling = tile(x)
-    y = torch.empty_like(x)
+    x, weight, bias = _dense(x, layout), _dense(weight), _dense(bias)
+    residual = None if residual is None else _dense(residual, layout)
+    p, y = _plan(x, stats.shape[2]), torch.empty_like(x)
+    args = (x, residual, y, stats, weight, bias, *p.sizes)
+    key, flags = _key(x, weight, bias), (relu, residual is not None)
     with torch.cuda.device_of(x):
-        _launch(
-            _normalize, tiling.grid, tiling.others,
-            x, residual, y, mean, rstd, weight, bias, *tiling.sizes, mean.shape[1],
-            RELU=relu, RESIDUAL=residual is not None, **tiling.constants,
-        )  # fmt: skip
+        _normalize(p.grid, args, key, flags, p.tile, p.tiles)
     return y
 
 
-def _statistics(x: Tensor, tiling: Tiling, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    batch, channels = x.shape[:2]
-    pixels, chunks = x[0, 0].numel(), tiling.grid[1]
-    means, m2 = (x.new_empty(batch * channels, chunks, dtype=torch.float32) for _ in range(2))
-    args = (x, means, m2, *tiling.sizes)
-    _launch(_moments, tiling.grid, tiling.others, *args, **tiling.constants)
-    if chunks > 1:
-        means, m2 = _merge(means, m2, batch * channels, chunks, tiling.span, pixels)
-    mean, rstd = _merge(means, m2, batch * num_groups, 1, pixels, pixels, eps)
-    return mean.view(batch, num_groups), rstd.view(batch, num_groups)
-
-
-def _merge(
-    means: Tensor, m2: Tensor, rows: int, chunks: int, span: int, pixels: int, eps: float = -1.0
-) -> tuple[Tensor, Tensor]:
-    """Combine to ``rows`` moments; with ``eps``, to means and rstd."""
-    size = means.numel() // rows
-    mean, out = means.new_empty(rows), means.new_empty(rows)  # outputs must not share memory
-    tiles = [{"BLOCK_R": block_r, "BLOCK_K": block_k} for block_r, block_k in MERGE_TILES]
-    constants = tiles[0 if size <= 64 else 1]
-    others = [{"FINAL": final, **sizes} for final in (False, True) for sizes in tiles]
-    _launch(
-        _combine, (triton.cdiv(rows, constants["BLOCK_R"]),), others,
-        means, m2, mean, out, rows, size, chunks, span, pixels, eps, FINAL=eps >= 0, **constants,
-    )  # fmt: skip
-    return mean, out
-
-
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dx, dγ and dβ in float32, and dz = dL/d(input of the activation) where y is given.
+    dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, stats: Tensor, relu: bool
+) -> list[Tensor]:
+    """Return dx, dγ, dβ, and dz = dL/d(input of the activation) where y is given.
 
     Args:
         dy: gradient of the output.
@@ -394,29 +636,44 @@ def backward(
         y: the output, where the ReLU acted on a sum with a residual; else None.
         weight: of shape (C,).
         bias: of shape (C,).
-        mean: of shape (N, G), from :func:`forward`.
-        rstd: of shape (N, G).
+        stats: mean and rstd, from :func:`forward`.
         relu: whether ReLU was applied.
     """
     layout = memory_format(x)
-    x, dy = x.contiguous(memory_format=layout), dy.contiguous(memory_format=layout)
-    batch, channels = x.shape[:2]
-    num_groups = mean.shape[1]
-    tiling = tile(x)
-    parameters = (mean, rstd, weight, bias, *tiling.sizes, num_groups)
-    dx = torch.empty_like(x)
-    dz = x.new_empty(0) if y is None else torch.empty_like(x)
+    dy, x, weight, bias = _dense(dy, layout), _dense(x, layout), _dense(weight), _dense(bias)
+    p, dx = _plan(x, stats.shape[2]), torch.empty_like(x)
+    dz = None if y is None else torch.empty_like(x)
+    grads = (torch.empty_like(weight), torch.empty_like(bias))
+    parameters = (stats, weight, bias)
+    key, flags = _key(x, weight, bias), (relu, y is not None)
     with torch.cuda.device_of(x):
-        sums = x.new_empty(2, batch * channels, tiling.grid[1], dtype=torch.float32)
-        _launch(
-            _sums, tiling.grid, tiling.others, dy, x, y, dz, sums, *parameters,
-            RELU=relu, RESIDUAL=y is not None, **tiling.constants,
-        )  # fmt: skip
-        sums = sums.sum(-1).view(2, batch, channels)
-        groups = (sums * weight).view(2, batch, num_groups, -1).sum(-1)
-        _launch(
-            _gradient, tiling.grid, tiling.others,
-            dy if y is None else dz, x, dx, groups, *parameters,
-            RELU=relu and y is None, **tiling.constants,
-        )  # fmt: skip
-    return dx, sums[0].sum(0), sums[1].sum(0), dz
+        for small in _ways(p.small and p.few, (key, flags, layout, "backward")):
+            if small:
+                args = (dy, x, y, dz, dx, *grads, *parameters, *p.group_sizes)
+                blocks = triton.cdiv(stats.numel() // 2, p.group_tile[2])
+                grid = (blocks + triton.cdiv(x.shape[1], CHANNELS), 1, 1)
+                tile = (*p.group_tile, CHANNELS, PIXELS)
+                tiles = tuple((*each, CHANNELS, PIXELS) for each in p.group_tiles)
+                _backward_groups(grid, args, key, flags, tile, tiles)
+            else:
+                means = _reduced(dy, x, y, dz, grads, parameters, p, key, flags)
+                args = (dy if y is None else dz, x, dx, means, *parameters, *p.sizes)
+                relus = (relu and y is None,)
+                _gradient(p.grid, args, key, relus, p.tile, p.tiles)
+    return [dx, *grads] if dz is None else [dx, *grads, dz]
+
+
+def _reduced(dy, x, y, dz, grads, parameters, p: Plan, key: tuple, flags: tuple) -> Tensor:
+    """Run the first two steps of the backward pass; return the groups' means."""
+    batch, num_groups, pixels, _ = p.group_sizes
+    stats, weight, _ = parameters
+    channels, chunks = x.shape[1], p.grid[1]
+    sums, means = stats.new_empty(2 * batch * channels * chunks), torch.empty_like(stats)
+    args = (dy, x, y, dz, sums, *parameters, *p.sizes)
+    _sums(p.grid, args, key, flags, p.tile, p.tiles)
+    tiles = tuple((*each, CHANNELS, PIXELS) for each in MERGE_TILES)
+    tile = tiles[channels // num_groups * chunks > 64]
+    blocks = triton.cdiv(batch * num_groups, tile[0]) + triton.cdiv(channels, CHANNELS)
+    args = (sums, means, *grads, weight, batch, channels, pixels, num_groups, chunks)
+    _reduce((blocks, 1, 1), args, key, (), tile, tiles)
+    return means

@@ -4,10 +4,12 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
+KERNELS = "Triton kernels"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels take
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on the CPU, slowly
@@ -28,29 +30,31 @@ def backend(device: str | torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"PyTorch's operators: the kernels need compute capability 8.0, not {major}.{minor}"
-    return "Triton kernels"
+    return KERNELS
 
 
-def kernels_run(x: Tensor) -> bool:
-    """Whether Triton kernels can take ``x``, by device and dtype, and in what runs here."""
-    if not (x.is_cuda or INTERPRETED) or not HAS_TRITON or x.dtype not in DTYPES:
+def kernels_run(x: Tensor, compare: Callable[[torch.device], float]) -> bool:
+    """Whether Triton kernels take ``x``, by device, dtype, and what runs here.
+
+    Args:
+        x: an input.
+        compare: returns the largest relative difference of kernels and PyTorch on a device, which
+            is tried once on each. A driver, a Triton or a GPU that breaks them costs speed and a
+            warning, not the run.
+    """
+    if not (x.is_cuda or INTERPRETED) or not HAS_TRITON or x.dtype not in DTYPES or not x.numel():
         return False
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         return False
-    return not (x.is_cuda and torch.version.hip is None and _compute_capability(x) < 8)
+    return not x.is_cuda or agrees(compare, x.device)
 
 
-def _compute_capability(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).major
-
-
-def agrees(compare: Callable[[str], float], device: str) -> bool:
-    """Whether ``compare`` finds kernels and PyTorch alike; warns where it does not.
-
-    Args:
-        compare: returns the largest relative difference on a device.
-        device: where.
-    """
+@torch.compiler.assume_constant_result
+@cache
+def agrees(compare: Callable[[torch.device], float], device: torch.device) -> bool:
+    """Whether kernels run on a device and ``compare`` finds them to agree; warns if not."""
+    if device.type == "cuda" and backend(device) != KERNELS:
+        return False
     try:
         with torch.inference_mode(False), torch.enable_grad():
             difference = compare(device)

@@ -33,14 +33,14 @@ import triton.language as tl
 from torch import Tensor
 
 from gn_practical.layers.backends import INTERPRETED, memory_format
-from gn_practical.layers.kernel import Constants, Kernel
+from gn_practical.layers.kernel import Constants, Cut, Kernel, dense
 
 TILE = 4096  # values a program holds in registers: 32 for each of 128 threads
 ROW_TILES = (4096, 512, 64)  # pixels of a tile of contiguous rows, for long and short ones
 STEPS = 4  # tiles of a chunk in channels_last
 MERGE_TILES = ((64, 16), (1, 4096))  # groups and their moments, for few and many moments a group
 GROUP_TILES = ((32, 128), (2, 2048))  # groups and their elements, for small and large ones
-CHANNELS, PIXELS = 16, 256  # a tile of the sums of channels
+CHANNELS, PIXELS = tl.constexpr(16), tl.constexpr(256)  # a tile of the sums of channels
 LARGEST_GROUP = 2**14  # elements that one program takes, in 8 steps: some 10 µs, as two launches
 MOST_PIXELS = 2**12  # of the batch, which the programs of dγ and dβ take in 16 steps
 
@@ -127,7 +127,7 @@ def _load_dz(
 
 @Kernel
 def _moments(
-    x_ptr, moments_ptr, N, C, HW,
+    x_ptr, moments_ptr, N, C, HW, G,
     CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -149,7 +149,7 @@ def _moments(
 
 @Kernel
 def _combine(
-    moments_ptr, stats_ptr, rows, K, chunks, span, HW, eps,
+    moments_ptr, stats_ptr, eps, rows, K, chunks, span, HW,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Combine the K moments of each of ``rows`` groups to its mean and rstd.
@@ -159,25 +159,25 @@ def _combine(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     size = (K // chunks).to(tl.float32) * HW
     at = moments_ptr + row[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
-    shift = tl.load(moments_ptr + row * K, row < rows, 0.0)[:, None]
-    total = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        mask = (row < rows)[:, None] & (k < K)[None, :]
-        count = tl.minimum(HW - k % chunks * span, span).to(tl.float32)[None, :]
-        total += tl.where(mask, (tl.load(at + start, mask, 0.0) - shift) * count, 0.0)
-    centre = shift + tl.sum(total, 1)[:, None] / size
-    m2 = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        mask = (row < rows)[:, None] & (k < K)[None, :]
-        count = tl.minimum(HW - k % chunks * span, span).to(tl.float32)[None, :]
-        delta = tl.load(at + start, mask, 0.0) - centre
-        part = tl.load(at + start + rows * K, mask, 0.0)
-        m2 += tl.where(mask, part + count * delta * delta, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(m2, 1)[:, None] / size + eps)
-    tl.store(stats_ptr + row[:, None], centre, (row < rows)[:, None])
-    tl.store(stats_ptr + rows + row[:, None], rstd, (row < rows)[:, None])
+    mean = tl.load(moments_ptr + row * K, row < rows, 0.0)[:, None]
+    for squares in tl.static_range(2):
+        total = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            mask = (row < rows)[:, None] & (k < K)[None, :]
+            count = tl.minimum(HW - k % chunks * span, span).to(tl.float32)[None, :]
+            delta = tl.load(at + start, mask, 0.0) - mean
+            if squares:
+                part = tl.load(at + start + rows * K, mask, 0.0)
+                total += tl.where(mask, part + count * delta * delta, 0.0)
+            else:
+                total += tl.where(mask, count * delta, 0.0)
+        if squares:
+            rstd = 1.0 / tl.sqrt(tl.sum(total, 1) / size + eps)
+            tl.store(stats_ptr + rows + row, rstd, row < rows)
+        else:
+            mean += (tl.sum(total, 1) / size)[:, None]
+            tl.store(stats_ptr + row[:, None], mean, (row < rows)[:, None])
 
 
 @Kernel
@@ -193,9 +193,7 @@ def _normalize(
     for step in tl.static_range(STEPS):
         at, mask, _ = _pixels(step, first, valid, C, HW, CHANNELS_LAST, BLOCK_P, STEPS)
         x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
-        _store_output(
-            x, residual_ptr, y_ptr, at, mask, mean, rstd, weight, bias, RELU, RESIDUAL
-        )
+        _store_output(x, residual_ptr, y_ptr, at, mask, mean, rstd, weight, bias, RELU, RESIDUAL)
 
 
 @Kernel
@@ -228,58 +226,40 @@ def _sums(
 @Kernel
 def _reduce(
     sums_ptr, means_ptr, grad_weight_ptr, grad_bias_ptr, weight_ptr, N, C, HW, G, chunks,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Means of (weight dz x̂) and (weight dz) of the groups; sums of the channels, dγ and dβ."""
     blocks = tl.cdiv(N * G, BLOCK_R)
     block = tl.program_id(0)
+    apart = N * C * chunks  # of the two sums of a chunk
     if block < blocks:
-        _reduce_groups(block, sums_ptr, means_ptr, weight_ptr, N, C, HW, G, chunks,
-                       BLOCK_R, BLOCK_K)  # fmt: skip
+        row = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        size = C // G * chunks
+        slope = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+        constant = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+        for start in range(0, size, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            mask = (row < N * G)[:, None] & (k < size)[None, :]
+            channel = (row % G * (C // G))[:, None] + (k // chunks)[None, :]
+            weight = tl.load(weight_ptr + channel, mask, 0.0).to(tl.float32)
+            at = sums_ptr + (row * size)[:, None] + k[None, :]
+            slope += tl.load(at, mask, 0.0) * weight
+            constant += tl.load(at + apart, mask, 0.0) * weight
+        values = (C // G).to(tl.float32) * HW
+        tl.store(means_ptr + row, tl.sum(slope, 1) / values, row < N * G)
+        tl.store(means_ptr + N * G + row, tl.sum(constant, 1) / values, row < N * G)
     else:
-        _reduce_channels(block - blocks, sums_ptr, grad_weight_ptr, grad_bias_ptr, N, C, chunks,
-                         BLOCK_C, BLOCK_N)  # fmt: skip
-
-
-@triton.jit
-def _reduce_groups(
-    block, sums_ptr, means_ptr, weight_ptr, N, C, HW, G, chunks,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    row = block * BLOCK_R + tl.arange(0, BLOCK_R)
-    channels = C // G
-    slope = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-    constant = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-    for start in range(0, channels * chunks, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        mask = (row < N * G)[:, None] & (k < channels * chunks)[None, :]
-        c = (row % G * channels)[:, None] + (k // chunks)[None, :]
-        weight = tl.load(weight_ptr + c, mask, 0.0).to(tl.float32)
-        at = sums_ptr + (row * channels * chunks)[:, None] + k[None, :]
-        slope += tl.load(at, mask, 0.0) * weight
-        constant += tl.load(at + N * C * chunks, mask, 0.0) * weight
-    size = channels.to(tl.float32) * HW
-    tl.store(means_ptr + row, tl.sum(slope, 1) / size, row < N * G)
-    tl.store(means_ptr + N * G + row, tl.sum(constant, 1) / size, row < N * G)
-
-
-@triton.jit
-def _reduce_channels(
-    block, sums_ptr, grad_weight_ptr, grad_bias_ptr, N, C, chunks,
-    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    for_weight = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
-    for_bias = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
-    for start in range(0, N * chunks, BLOCK_N):
-        k = start + tl.arange(0, BLOCK_N)
-        mask = (c < C)[:, None] & (k < N * chunks)[None, :]
-        row = (k // chunks * C)[None, :] + c[:, None]
-        at = sums_ptr + row * chunks + (k % chunks)[None, :]
-        for_weight += tl.load(at, mask, 0.0)
-        for_bias += tl.load(at + N * C * chunks, mask, 0.0)
-    tl.store(grad_weight_ptr + c, tl.sum(for_weight, 1), c < C)
-    tl.store(grad_bias_ptr + c, tl.sum(for_bias, 1), c < C)
+        c = (block - blocks) * CHANNELS + tl.arange(0, CHANNELS)
+        for_weight = tl.zeros([CHANNELS, PIXELS], tl.float32)
+        for_bias = tl.zeros([CHANNELS, PIXELS], tl.float32)
+        for first in range(0, N * chunks, PIXELS):
+            n = first + tl.arange(0, PIXELS)
+            exists = (c < C)[:, None] & (n < N * chunks)[None, :]
+            chunk = ((n // chunks * C)[None, :] + c[:, None]) * chunks + (n % chunks)[None, :]
+            for_weight += tl.load(sums_ptr + chunk, exists, 0.0)
+            for_bias += tl.load(sums_ptr + chunk + apart, exists, 0.0)
+        tl.store(grad_weight_ptr + c, tl.sum(for_weight, 1), c < C)
+        tl.store(grad_bias_ptr + c, tl.sum(for_bias, 1), c < C)
 
 
 @Kernel
@@ -338,7 +318,7 @@ def _elements(
 
 @Kernel
 def _forward_groups(
-    x_ptr, residual_ptr, y_ptr, stats_ptr, weight_ptr, bias_ptr, N, G, HW, inner, eps,
+    x_ptr, residual_ptr, y_ptr, stats_ptr, weight_ptr, bias_ptr, eps, N, G, HW, inner,
     RELU: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -348,28 +328,26 @@ def _forward_groups(
     )
     mean = tl.zeros([BLOCK_R], tl.float32)
     m2 = tl.zeros([BLOCK_R], tl.float32)
-    for start in range(0, size, BLOCK_K):
-        at, mask, _ = _elements(
-            start, row, valid, first, size, channels, G, HW, CHANNELS_LAST, BLOCK_K
-        )
-        x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
-        n = tl.minimum(size - start, BLOCK_K).to(tl.float32)
-        count = tl.minimum(size, start).to(tl.float32)
-        mean, m2 = _add_tile(x, mask, n, count, mean, m2)
-    rstd = 1.0 / tl.sqrt(m2 / size + eps)
+    for write in tl.static_range(2):
+        rstd = 1.0 / tl.sqrt(m2 / size + eps)
+        for start in range(0, size, BLOCK_K):
+            at, mask, c = _elements(
+                start, row, valid, first, size, channels, G, HW, CHANNELS_LAST, BLOCK_K
+            )
+            x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
+            if write:
+                weight = tl.load(weight_ptr + c, mask, 0.0).to(tl.float32)
+                bias = tl.load(bias_ptr + c, mask, 0.0).to(tl.float32)
+                _store_output(
+                    x, residual_ptr, y_ptr, at, mask, mean[:, None], rstd[:, None], weight, bias,
+                    RELU, RESIDUAL,
+                )  # fmt: skip
+            else:
+                n = tl.minimum(size - start, BLOCK_K).to(tl.float32)
+                count = tl.minimum(size, start).to(tl.float32)
+                mean, m2 = _add_tile(x, mask, n, count, mean, m2)
     tl.store(stats_ptr + row, mean, valid)
     tl.store(stats_ptr + N * G + row, rstd, valid)
-    for start in range(0, size, BLOCK_K):
-        at, mask, c = _elements(
-            start, row, valid, first, size, channels, G, HW, CHANNELS_LAST, BLOCK_K
-        )
-        x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + c, mask, 0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + c, mask, 0.0).to(tl.float32)
-        _store_output(
-            x, residual_ptr, y_ptr, at, mask, mean[:, None], rstd[:, None], weight, bias,
-            RELU, RESIDUAL,
-        )  # fmt: skip
 
 
 @Kernel
@@ -378,7 +356,6 @@ def _backward_groups(
     bias_ptr, N, G, HW, inner,
     RELU: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The backward pass of whole groups, and in the programs after them dγ and dβ."""
     blocks = tl.cdiv(N * G, BLOCK_R)
@@ -392,7 +369,6 @@ def _backward_groups(
         _gradient_of_channels(
             block - blocks, dy_ptr, x_ptr, y_ptr, grad_weight_ptr, grad_bias_ptr, stats_ptr,
             weight_ptr, bias_ptr, N, G, HW, inner, RELU, RESIDUAL, CHANNELS_LAST, VECTOR,
-            BLOCK_C, BLOCK_N,
         )  # fmt: skip
 
 
@@ -409,32 +385,26 @@ def _gradient_of_groups(
     rstd = tl.load(stats_ptr + N * G + row, valid, 0.0)[:, None]
     slope = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     constant = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-    for start in range(0, size, BLOCK_K):
-        at, mask, c = _elements(
-            start, row, valid, first, size, channels, G, HW, CHANNELS_LAST, BLOCK_K
-        )
-        weight = tl.load(weight_ptr + c, mask, 0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + c, mask, 0.0).to(tl.float32)
-        dz, normalized = _load_dz(
-            dy_ptr, x_ptr, y_ptr, at, mask, mean, rstd, weight, bias, RELU, RESIDUAL
-        )
-        slope += weight * dz * normalized
-        constant += weight * dz
-    slope_mean = tl.sum(slope, 1)[:, None] / size
-    constant_mean = tl.sum(constant, 1)[:, None] / size
-    for start in range(0, size, BLOCK_K):
-        at, mask, c = _elements(
-            start, row, valid, first, size, channels, G, HW, CHANNELS_LAST, BLOCK_K
-        )
-        weight = tl.load(weight_ptr + c, mask, 0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + c, mask, 0.0).to(tl.float32)
-        dz, normalized = _load_dz(
-            dy_ptr, x_ptr, y_ptr, at, mask, mean, rstd, weight, bias, RELU, RESIDUAL
-        )
-        if RESIDUAL:
-            tl.store(dz_ptr + at, dz, mask)
-        dx = rstd * (weight * dz - constant_mean - normalized * slope_mean)
-        tl.store(dx_ptr + at, dx, mask)
+    for write in tl.static_range(2):
+        slope_mean = tl.sum(slope, 1)[:, None] / size
+        constant_mean = tl.sum(constant, 1)[:, None] / size
+        for start in range(0, size, BLOCK_K):
+            at, mask, c = _elements(
+                start, row, valid, first, size, channels, G, HW, CHANNELS_LAST, BLOCK_K
+            )
+            weight = tl.load(weight_ptr + c, mask, 0.0).to(tl.float32)
+            bias = tl.load(bias_ptr + c, mask, 0.0).to(tl.float32)
+            dz, normalized = _load_dz(
+                dy_ptr, x_ptr, y_ptr, at, mask, mean, rstd, weight, bias, RELU, RESIDUAL
+            )
+            if write:
+                dx = rstd * (weight * dz - constant_mean - normalized * slope_mean)
+                tl.store(dx_ptr + at, dx, mask)
+                if RESIDUAL:
+                    tl.store(dz_ptr + at, dz, mask)
+            else:
+                slope += weight * dz * normalized
+                constant += weight * dz
 
 
 @triton.jit
@@ -442,17 +412,17 @@ def _gradient_of_channels(
     block, dy_ptr, x_ptr, y_ptr, grad_weight_ptr, grad_bias_ptr, stats_ptr, weight_ptr, bias_ptr,
     N, G, HW, inner,
     RELU: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     channels = inner * VECTOR if CHANNELS_LAST else inner * VECTOR // HW
     C = G * channels
-    c = (block * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
+    c = (block * CHANNELS + tl.arange(0, CHANNELS))[:, None]
     weight = tl.load(weight_ptr + c, c < C, 0.0).to(tl.float32)
     bias = tl.load(bias_ptr + c, c < C, 0.0).to(tl.float32)
-    for_weight = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
-    for_bias = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
-    for start in range(0, N * HW, BLOCK_N):
-        k = (start + tl.arange(0, BLOCK_N))[None, :]
+    for_weight = tl.zeros([CHANNELS, PIXELS], tl.float32)
+    for_bias = tl.zeros([CHANNELS, PIXELS], tl.float32)
+    for start in range(0, N * HW, PIXELS):
+        k = (start + tl.arange(0, PIXELS))[None, :]
         mask = (c < C) & (k < N * HW)
         if CHANNELS_LAST:
             at = k.to(tl.int64) * C + c
@@ -474,85 +444,92 @@ class Plan(NamedTuple):
     """How the passes over a tensor are cut into programs.
 
     Attributes:
-        grid: blocks of rows, chunks of pixels.
-        sizes: N, C, HW as the kernels take them: the inner one of C and HW in units of VECTOR.
-        tile: the constants of kernels over rows.
-        tiles: what the same layer takes for other image sizes.
-        span: pixels of a chunk.
-        group_sizes: G, HW, and what lies side by side of a group, in units of VECTOR.
-        group_tile: the constants of kernels over whole groups.
-        group_tiles: what the same layer takes for other image sizes.
-        small: whether a program can take a group.
-        few: whether a program can take the pixels of a few channels.
+        rows: of the kernels over rows.
+        combine: of that of the moments.
+        reduce: of that of the sums.
+        groups: of the forward pass of whole groups.
+        backward: of their backward pass.
+        buffer: numbers of all chunks' moments, or sums.
+        small: whether a program shall take a group forward, and backward.
     """
 
-    grid: tuple[int, int, int]
-    sizes: tuple[int, int, int, int]
-    tile: Constants
-    tiles: tuple[Constants, ...]
-    span: int
-    group_sizes: tuple[int, int, int, int]
-    group_tile: Constants
-    group_tiles: tuple[Constants, ...]
-    small: bool
-    few: bool
+    rows: Cut
+    combine: Cut
+    reduce: Cut
+    groups: Cut
+    backward: Cut
+    buffer: int
+    small: tuple[bool, bool]
 
 
 @lru_cache(2**14)
-def plan(shape: torch.Size, itemsize: int, channels_last: bool, num_groups: int) -> Plan:
-    """Cut a tensor of shape (N, C, *) in its layout."""
+def _plan(shape: torch.Size, itemsize: int, last: bool, num_groups: int) -> Plan:
+    """Cut a tensor of shape (N, C, *), channels_last or not."""
     batch, channels = shape[:2]
-    pixels = shape[2:].numel()
-    vector = 16 // itemsize
-    if channels_last:
-        wide = vector if channels % vector == 0 else 1
+    pixels, vector = shape[2:].numel(), 16 // itemsize
+    rows = _cut_rows(batch, channels, pixels, num_groups, vector, last)
+    chunks, span = rows.grid[1], rows.tile[3] * rows.tile[4]
+    width, groups = channels // num_groups, batch * num_groups
+    channel_blocks = triton.cdiv(channels, CHANNELS.value)
+
+    merge = MERGE_TILES[width * chunks > 64]
+    blocks = triton.cdiv(groups, merge[0])
+    numbers = (groups, width * chunks, chunks, span, pixels)
+    combine = Cut((blocks, 1, 1), numbers, merge, MERGE_TILES)
+    numbers = (batch, channels, pixels, num_groups, chunks)
+    reduce = Cut((blocks + channel_blocks, 1, 1), numbers, merge, MERGE_TILES)
+
+    side_by_side = width if last else width * pixels
+    wide = vector if side_by_side % vector == 0 else 1
+    tile = (last, wide, *GROUP_TILES[width * pixels > 512])
+    tiles = tuple((last, v, *t) for v in ((wide,) if last else (1, vector)) for t in GROUP_TILES)
+    blocks = triton.cdiv(groups, tile[2])
+    forward = Cut((blocks, 1, 1), (batch, num_groups, pixels, side_by_side // wide), tile, tiles)
+    backward = forward._replace(grid=(blocks + channel_blocks, 1, 1))
+    small = width * pixels <= LARGEST_GROUP
+    ways = (small, small and batch * pixels <= MOST_PIXELS)
+    return Plan(rows, combine, reduce, forward, backward, 2 * batch * channels * chunks, ways)
+
+
+def _cut_rows(
+    batch: int, channels: int, pixels: int, num_groups: int, vector: int, last: bool
+) -> Cut:
+    """Cut rows by pixels; numbers are N, C, HW and G, the inner one of C and HW in vectors."""
+    wide = vector if (channels if last else pixels) % vector == 0 else 1
+    if last:
         block_c = min(triton.next_power_of_2(channels), 64)
         tile = (True, wide, block_c, TILE // block_c, STEPS)
         tiles = (tile,)  # of the image's size nothing depends
-        row_blocks = batch * triton.cdiv(channels, block_c)
-        sizes = (batch, channels // wide, pixels, num_groups)
+        blocks = batch * triton.cdiv(channels, block_c)
+        numbers = (batch, channels // wide, pixels, num_groups)
     else:
-        wide = vector if pixels % vector == 0 else 1
         block_p = ROW_TILES[0 if pixels >= 4096 else 1 if pixels > 256 else 2]
         tile = (False, wide, TILE // block_p, block_p, 1)
         tiles = tuple((False, v, TILE // p, p, 1) for v in (1, vector) for p in ROW_TILES)
-        row_blocks = triton.cdiv(batch * channels, TILE // block_p)
-        sizes = (batch, channels, pixels // wide, num_groups)
-    span = tile[3] * tile[4]
-    size = channels // num_groups * pixels
-    inner = channels // num_groups if channels_last else size
-    wide = vector if inner % vector == 0 else 1
-    group_tile = (channels_last, wide, *GROUP_TILES[size > 512])
-    vectors = (wide,) if channels_last else (1, vector)
-    return Plan(
-        (row_blocks, triton.cdiv(pixels, span), 1), sizes, tile, tiles, span,
-        (batch, num_groups, pixels, inner // wide), group_tile,
-        tuple((channels_last, v, *t) for v in vectors for t in GROUP_TILES),
-        size <= LARGEST_GROUP, batch * pixels <= MOST_PIXELS,
-    )  # fmt: skip
+        blocks = triton.cdiv(batch * channels, TILE // block_p)
+        numbers = (batch, channels, pixels // wide, num_groups)
+    return Cut((blocks, triton.cdiv(pixels, tile[3] * tile[4]), 1), numbers, tile, tiles)
 
 
 _compiled: set[tuple] = set()
 
 
-def _ways(small: bool, key: tuple) -> tuple[bool, ...]:
-    """Whether to run whole groups; both ways at first, so that other sizes compile nothing."""
-    if key in _compiled or INTERPRETED:
-        return (small,)
-    _compiled.add(key)
-    return (not small, small)
+def _prepare(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, flags: Constants, backward: bool
+) -> tuple[Plan, tuple, tuple[bool, ...]]:
+    """Return the plan, the key of the kernels, and whether to run whole groups.
 
-
-def _plan(x: Tensor, num_groups: int) -> Plan:
+    At first both ways are run, so that other image sizes compile nothing.
+    """
     last = memory_format(x) is not torch.contiguous_format
-    return plan(x.shape, x.element_size(), last, num_groups)
-
-
-def _dense(x: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """Return ``x`` in a layout, at an address that 128-bit loads take."""
-    if not x.is_contiguous(memory_format=layout):
-        x = x.contiguous(memory_format=layout)
-    return x.clone() if x.data_ptr() % 16 else x
+    plan = _plan(x.shape, x.element_size(), last, num_groups)
+    key = (x.dtype, weight.dtype, bias.dtype, x.get_device())
+    small = plan.small[backward]
+    first = (key, flags, backward, plan.rows.tiles[0], plan.groups.tiles[0])
+    if first in _compiled or INTERPRETED:
+        return plan, key, (small,)
+    _compiled.add(first)
+    return plan, key, (not small, small)
 
 
 def forward(
@@ -575,53 +552,44 @@ def forward(
         eps: added to the variance under the root.
         relu: apply ReLU last.
     """
-    layout = memory_format(x)
-    x, weight, bias = _dense(x, layout), _dense(weight), _dense(bias)
-    residual = None if residual is None else _dense(residual, layout)
-    p, y = _plan(x, num_groups), torch.empty_like(x)
     stats = x.new_empty((2, x.shape[0], num_groups), dtype=torch.float32)
-    tensors = (x, residual, y, stats, weight, bias)
-    key, flags = _key(x, weight, bias), (relu, residual is not None)
-    with torch.cuda.device_of(x):
-        for small in _ways(p.small, (key, flags, layout)):
-            if small:
-                grid = (triton.cdiv(stats.numel() // 2, p.group_tile[2]), 1, 1)
-                args = (*tensors, *p.group_sizes, eps)
-                _forward_groups(grid, args, key, flags, p.group_tile, p.group_tiles)
-            else:
-                _statistics(x, stats, p, eps, key)
-                _normalize(p.grid, (*tensors, *p.sizes), key, flags, p.tile, p.tiles)
-    return y, stats
-
-
-def _key(x: Tensor, weight: Tensor, bias: Tensor) -> tuple:
-    return x.dtype, weight.dtype, bias.dtype, x.get_device()
-
-
-def _statistics(x: Tensor, stats: Tensor, p: Plan, eps: float, key: tuple) -> None:
-    batch, num_groups, pixels, _ = p.group_sizes
-    rows, chunks, groups = batch * x.shape[1], p.grid[1], batch * num_groups
-    moments = stats.new_empty(2 * rows * chunks)
-    _moments(p.grid, (x, moments, *p.sizes[:3]), key, (), p.tile, p.tiles)
-    size = rows // groups * chunks
-    tile = MERGE_TILES[size > 64]
-    grid = (triton.cdiv(groups, tile[0]), 1, 1)
-    args = (moments, stats, groups, size, chunks, p.span, pixels, eps)
-    _combine(grid, args, key, (), tile, MERGE_TILES)
+    return _forward(x, weight, bias, residual, stats, eps, relu), stats
 
 
 def normalize(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stats: Tensor, relu: bool
 ) -> Tensor:
     """Return y from the statistics: the last step of :func:`forward`, with its arguments."""
+    return _forward(x, weight, bias, residual, stats, None, relu)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    stats: Tensor,
+    eps: float | None,
+    relu: bool,
+) -> Tensor:
+    """Compute y, after the statistics where there is ``eps`` for them."""
     layout = memory_format(x)
-    x, weight, bias = _dense(x, layout), _dense(weight), _dense(bias)
-    residual = None if residual is None else _dense(residual, layout)
-    p, y = _plan(x, stats.shape[2]), torch.empty_like(x)
-    args = (x, residual, y, stats, weight, bias, *p.sizes)
-    key, flags = _key(x, weight, bias), (relu, residual is not None)
+    x, weight, bias = dense(x, layout), dense(weight), dense(bias)
+    residual = None if residual is None else dense(residual, layout)
+    flags = (relu, residual is not None)
+    plan, key, ways = _prepare(x, weight, bias, stats.shape[2], flags, backward=False)
+    y = torch.empty_like(x)
+    tensors = (x, residual, y, stats, weight, bias)
     with torch.cuda.device_of(x):
-        _normalize(p.grid, args, key, flags, p.tile, p.tiles)
+        for small in ways:
+            if small and eps is not None:
+                _forward_groups(plan.groups, (*tensors, eps), key, flags)
+                continue
+            if eps is not None:
+                moments = stats.new_empty(plan.buffer)
+                _moments(plan.rows, (x, moments), key)
+                _combine(plan.combine, (moments, stats, eps), key)
+            _normalize(plan.rows, tensors, key, flags)
     return y
 
 
@@ -640,40 +608,21 @@ def backward(
         relu: whether ReLU was applied.
     """
     layout = memory_format(x)
-    dy, x, weight, bias = _dense(dy, layout), _dense(x, layout), _dense(weight), _dense(bias)
-    p, dx = _plan(x, stats.shape[2]), torch.empty_like(x)
+    dy, x, weight, bias = dense(dy, layout), dense(x, layout), dense(weight), dense(bias)
+    flags = (relu, y is not None)
+    plan, key, ways = _prepare(x, weight, bias, stats.shape[2], flags, backward=True)
     dz = None if y is None else torch.empty_like(x)
-    grads = (torch.empty_like(weight), torch.empty_like(bias))
+    dx, *grads = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
     parameters = (stats, weight, bias)
-    key, flags = _key(x, weight, bias), (relu, y is not None)
     with torch.cuda.device_of(x):
-        for small in _ways(p.small and p.few, (key, flags, layout, "backward")):
+        for small in ways:
             if small:
-                args = (dy, x, y, dz, dx, *grads, *parameters, *p.group_sizes)
-                blocks = triton.cdiv(stats.numel() // 2, p.group_tile[2])
-                grid = (blocks + triton.cdiv(x.shape[1], CHANNELS), 1, 1)
-                tile = (*p.group_tile, CHANNELS, PIXELS)
-                tiles = tuple((*each, CHANNELS, PIXELS) for each in p.group_tiles)
-                _backward_groups(grid, args, key, flags, tile, tiles)
-            else:
-                means = _reduced(dy, x, y, dz, grads, parameters, p, key, flags)
-                args = (dy if y is None else dz, x, dx, means, *parameters, *p.sizes)
-                relus = (relu and y is None,)
-                _gradient(p.grid, args, key, relus, p.tile, p.tiles)
+                tensors = (dy, x, y, dz, dx, *grads, *parameters)
+                _backward_groups(plan.backward, tensors, key, flags)
+                continue
+            sums, means = stats.new_empty(plan.buffer), torch.empty_like(stats)
+            _sums(plan.rows, (dy, x, y, dz, sums, *parameters), key, flags)
+            _reduce(plan.reduce, (sums, means, *grads, weight), key)
+            tensors = (dy if y is None else dz, x, dx, means, *parameters)
+            _gradient(plan.rows, tensors, key, (relu and y is None,))
     return [dx, *grads] if dz is None else [dx, *grads, dz]
-
-
-def _reduced(dy, x, y, dz, grads, parameters, p: Plan, key: tuple, flags: tuple) -> Tensor:
-    """Run the first two steps of the backward pass; return the groups' means."""
-    batch, num_groups, pixels, _ = p.group_sizes
-    stats, weight, _ = parameters
-    channels, chunks = x.shape[1], p.grid[1]
-    sums, means = stats.new_empty(2 * batch * channels * chunks), torch.empty_like(stats)
-    args = (dy, x, y, dz, sums, *parameters, *p.sizes)
-    _sums(p.grid, args, key, flags, p.tile, p.tiles)
-    tiles = tuple((*each, CHANNELS, PIXELS) for each in MERGE_TILES)
-    tile = tiles[channels // num_groups * chunks > 64]
-    blocks = triton.cdiv(batch * num_groups, tile[0]) + triton.cdiv(channels, CHANNELS)
-    args = (sums, means, *grads, weight, batch, channels, pixels, num_groups, chunks)
-    _reduce((blocks, 1, 1), args, key, (), tile, tiles)
-    return means

@@ -2,13 +2,31 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import triton
+from torch import Tensor
 
 from gn_practical.layers.backends import INTERPRETED
 
 Constants = tuple[bool | int, ...]
+
+
+class Cut(NamedTuple):
+    """How a kernel's work is cut into programs.
+
+    Attributes:
+        grid: programs.
+        numbers: sizes, as the kernel takes them.
+        tile: constants.
+        tiles: all that ``tile`` can be; the first launch compiles for each.
+    """
+
+    grid: tuple[int, int, int]
+    numbers: tuple[int, ...]
+    tile: Constants
+    tiles: tuple[Constants, ...]
 
 
 class Kernel:
@@ -23,38 +41,37 @@ class Kernel:
     """
 
     def __init__(self, function: Callable) -> None:
-        plain = [p for p in inspect.signature(function).parameters.values() if p.annotation is p.empty]
+        plain = [
+            p for p in inspect.signature(function).parameters.values() if p.annotation is p.empty
+        ]
         numbers = [p.name for p in plain if not p.name.endswith("_ptr")]
         self.jit = triton.jit(do_not_specialize=numbers)(function)
         self._compiled: dict[tuple, Any] = {}
 
-    def __call__(
-        self,
-        grid: tuple[int, int, int],
-        args: tuple,
-        key: tuple,
-        flags: Constants = (),
-        tile: Constants = (),
-        tiles: tuple[Constants, ...] = (),
-    ) -> None:
-        """Launch.
+    def __call__(self, cut: Cut, args: tuple, key: tuple, flags: Constants = ()) -> None:
+        """Launch with ``args``, the numbers of ``cut``, ``flags``, and the constants of ``cut``.
 
         Args:
-            grid: programs.
-            args: pointers and numbers.
+            cut: programs and their tiles.
+            args: tensors, and numbers before those of ``cut``.
             key: the types of ``args``, and the device.
-            flags: the first constants.
-            tile: the last constants.
-            tiles: all that ``tile`` can be; the first launch compiles for each.
+            flags: constants before those of ``cut``.
         """
-        constants = (*flags, *tile)
+        args = (*args, *cut.numbers, *flags)
         if INTERPRETED:
-            self.jit[grid](*args, *constants)
+            self.jit[cut.grid](*args, *cut.tile)
             return
-        compiled = self._compiled.get((key, constants))
+        compiled = self._compiled.get((key, flags, cut.tile))
         if compiled is None:
-            for each in tiles or (tile,):
-                form = self.jit.warmup(*args, *flags, *each, grid=grid)
-                self._compiled[key, (*flags, *each)] = form
-            compiled = self._compiled[key, constants]
-        compiled[grid](*args, *constants)
+            for tile in cut.tiles:
+                form = self.jit.warmup(*args, *tile, grid=cut.grid)
+                self._compiled[key, flags, tile] = form
+            compiled = self._compiled[key, flags, cut.tile]
+        compiled[cut.grid](*args, *cut.tile)
+
+
+def dense(x: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """Return ``x`` in a layout, at an address that 128-bit loads take."""
+    if not x.is_contiguous(memory_format=layout):
+        x = x.contiguous(memory_format=layout)
+    return x.clone() if x.data_ptr() % 16 else x

@@ -55,8 +55,7 @@ def fused_group_norm(
         relu: apply ReLU last.
 
     Shape:
-        - x: (N, C, *)
-        - Output: as ``x``.
+        - Input and output: (N, C, *)
 
     Raises:
         RuntimeError: for groups that do not divide C, or parameters of another size than C.
@@ -177,7 +176,8 @@ def _group_norm(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _kernels().forward(x, weight, bias, residual, num_groups, eps, relu)
+    stats = _new_stats(x, num_groups)
+    return _kernels().forward(x, weight, bias, residual, stats, eps, relu), stats
 
 
 @torch.library.custom_op("gn_practical::group_norm_backward", mutates_args=())
@@ -196,13 +196,17 @@ def _kernels() -> ModuleType:
 
 @_group_norm.register_fake
 def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return _empty_output(x), x.new_empty(2, x.shape[0], args[3], dtype=torch.float32)
+    return _empty_output(x), _new_stats(x, args[3])
 
 
 @_group_norm_backward.register_fake
 def _(dy: Tensor, x: Tensor, y: Tensor | None, *parameters: Any) -> list[Tensor]:
     grads = [_empty_output(x), *(torch.empty_like(t) for t in parameters[:2])]
     return grads if y is None else [*grads, _empty_output(x)]
+
+
+def _new_stats(x: Tensor, num_groups: int) -> Tensor:
+    return x.new_empty((2, x.shape[0], num_groups), dtype=torch.float32)
 
 
 def _empty_output(x: Tensor) -> Tensor:
@@ -247,8 +251,10 @@ class _FusedGroupNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = _kernels().forward(*inputs)
-        _save(ctx, inputs, output)
-        return output[0]
+        *tensors, num_groups, eps, relu = inputs
+        stats = _new_stats(inputs[0], num_groups)
+        y = _kernels().forward(*tensors, stats, eps, relu)
+        _save(ctx, inputs, (y, stats))
+        return y
 
     backward = staticmethod(_differentiate)

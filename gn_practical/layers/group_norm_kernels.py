@@ -441,25 +441,15 @@ def _gradient_of_channels(
 
 
 class Plan(NamedTuple):
-    """How the passes over a tensor are cut into programs.
-
-    Attributes:
-        rows: of the kernels over rows.
-        combine: of that of the moments.
-        reduce: of that of the sums.
-        groups: of the forward pass of whole groups.
-        backward: of their backward pass.
-        buffer: numbers of all chunks' moments, or sums.
-        small: whether a program shall take a group forward, and backward.
-    """
+    """How the passes over a tensor are cut into programs."""
 
     rows: Cut
-    combine: Cut
-    reduce: Cut
+    combine: Cut  # of the rows' moments to groups
+    reduce: Cut  # of the rows' sums to groups and channels
     groups: Cut
-    backward: Cut
-    buffer: int
-    small: tuple[bool, bool]
+    groups_backward: Cut
+    buffer: int  # numbers of all chunks' moments, or sums
+    small: tuple[bool, bool]  # whether a program shall take a whole group, forward and backward
 
 
 @lru_cache(2**14)
@@ -537,42 +527,21 @@ def forward(
     weight: Tensor,
     bias: Tensor,
     residual: Tensor | None,
-    num_groups: int,
-    eps: float,
+    stats: Tensor,
+    eps: float | None,
     relu: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return y, and mean and rstd in float32, of shape (2, N, G).
+) -> Tensor:
+    """Return y = act((x - mean) rstd weight + bias + residual).
 
     Args:
         x: of shape (N, C, *), not empty; float32, bfloat16 or float16.
         weight: of shape (C,).
         bias: of shape (C,).
         residual: None, or as ``x``.
-        num_groups: G, which divides C.
+        stats: mean and rstd in float32, of shape (2, N, G); written, unless ``eps`` is None.
         eps: added to the variance under the root.
         relu: apply ReLU last.
     """
-    stats = x.new_empty((2, x.shape[0], num_groups), dtype=torch.float32)
-    return _forward(x, weight, bias, residual, stats, eps, relu), stats
-
-
-def normalize(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stats: Tensor, relu: bool
-) -> Tensor:
-    """Return y from the statistics: the last step of :func:`forward`, with its arguments."""
-    return _forward(x, weight, bias, residual, stats, None, relu)
-
-
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    stats: Tensor,
-    eps: float | None,
-    relu: bool,
-) -> Tensor:
-    """Compute y, after the statistics where there is ``eps`` for them."""
     layout = memory_format(x)
     x, weight, bias = dense(x, layout), dense(weight), dense(bias)
     residual = None if residual is None else dense(residual, layout)
@@ -604,7 +573,7 @@ def backward(
         y: the output, where the ReLU acted on a sum with a residual; else None.
         weight: of shape (C,).
         bias: of shape (C,).
-        stats: mean and rstd, from :func:`forward`.
+        stats: of :func:`forward`.
         relu: whether ReLU was applied.
     """
     layout = memory_format(x)
@@ -618,7 +587,7 @@ def backward(
         for small in ways:
             if small:
                 tensors = (dy, x, y, dz, dx, *grads, *parameters)
-                _backward_groups(plan.backward, tensors, key, flags)
+                _backward_groups(plan.groups_backward, tensors, key, flags)
                 continue
             sums, means = stats.new_empty(plan.buffer), torch.empty_like(stats)
             _sums(plan.rows, (dy, x, y, dz, sums, *parameters), key, flags)

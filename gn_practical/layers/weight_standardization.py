@@ -27,8 +27,7 @@ def standardize_weight(weight: Tensor, eps: float = EPS) -> Tensor:
         eps: added to the standard deviation.
 
     Shape:
-        - weight: (out_channels, in_channels / groups, kernel height, kernel width)
-        - Output: as the weight.
+        - Input and output: (out_channels, in_channels / groups, kernel height, kernel width)
 
     Raises:
         ValueError: if a filter holds a single number, which has no standard deviation.

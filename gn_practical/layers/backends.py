@@ -34,14 +34,7 @@ def backend(device: str | torch.device) -> str:
 
 
 def kernels_run(x: Tensor, compare: Callable[[torch.device], float]) -> bool:
-    """Whether Triton kernels take ``x``, by device, dtype, and what runs here.
-
-    Args:
-        x: an input.
-        compare: returns the largest relative difference of kernels and PyTorch on a device, which
-            is tried once on each. A driver, a Triton or a GPU that breaks them costs speed and a
-            warning, not the run.
-    """
+    """Whether Triton kernels take ``x``, by device, dtype, what runs here, and :func:`agrees`."""
     if not (x.is_cuda or INTERPRETED) or not HAS_TRITON or x.dtype not in DTYPES or not x.numel():
         return False
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
@@ -52,7 +45,14 @@ def kernels_run(x: Tensor, compare: Callable[[torch.device], float]) -> bool:
 @torch.compiler.assume_constant_result
 @cache
 def agrees(compare: Callable[[torch.device], float], device: torch.device) -> bool:
-    """Whether kernels run on a device and ``compare`` finds them to agree; warns if not."""
+    """Whether kernels run on a device and agree with PyTorch there, tried once.
+
+    A driver, a Triton or a GPU that breaks them costs speed and a warning, not the run.
+
+    Args:
+        compare: returns their largest relative difference on a device.
+        device: where.
+    """
     if device.type == "cuda" and backend(device) != KERNELS:
         return False
     try:
@@ -70,9 +70,13 @@ def agrees(compare: Callable[[torch.device], float], device: torch.device) -> bo
     return False
 
 
-def relative_difference(ours: Sequence[Tensor], others: Sequence[Tensor]) -> float:
-    """Return the largest difference of two lists of tensors, relative to each one's largest."""
-    pairs = zip(ours, others, strict=True)
+def relative_difference(
+    ours: Callable[..., Tensor], theirs: Callable[..., Tensor], inputs: Sequence[Tensor]
+) -> float:
+    """Return the largest difference of outputs and gradients, relative to each one's largest."""
+    inputs = [t.clone().requires_grad_() for t in inputs]
+    outputs = (function(*inputs) for function in (ours, theirs))
+    pairs = zip(*((y, *torch.autograd.grad(y.sin().sum(), inputs)) for y in outputs), strict=True)
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
@@ -88,13 +92,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 def differentiable_grads(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Return dL/d(inputs) of ``function``, itself differentiable; None where none is wanted.
-
-    Args:
-        function: made of PyTorch's operators.
-        inputs: its arguments.
-        dy: gradient of its output.
-    """
+    """Return dL/d(inputs) of ``function``, itself differentiable; None where none is wanted."""
     wanted = [t for t in inputs if t.requires_grad]
     with torch.enable_grad():
         output = function(*inputs)

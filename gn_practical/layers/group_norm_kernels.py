@@ -301,10 +301,10 @@ def _groups(
 
 @triton.jit
 def _elements(
-    start, row, valid, first, size, channels, G, HW,
+    start, row, valid, first, size, channels, G, HW, weight_ptr, bias_ptr,
     CHANNELS_LAST: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Return offsets of a tile of groups' elements, which of them exist, and their channels."""
+    """Return offsets of a tile of groups' elements, which exist, and their weight and bias."""
     k = start + tl.arange(0, BLOCK_K)
     if CHANNELS_LAST:
         offset = k // channels * (G * channels) + k % channels
@@ -313,7 +313,10 @@ def _elements(
         offset = k
         c = k // HW
     mask = valid[:, None] & (k < size)[None, :]
-    return first[:, None] + offset[None, :], mask, (row % G * channels)[:, None] + c[None, :]
+    c = (row % G * channels)[:, None] + c[None, :]
+    weight = tl.load(weight_ptr + c, mask, 0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + c, mask, 0.0).to(tl.float32)
+    return first[:, None] + offset[None, :], mask, weight, bias
 
 
 @Kernel
@@ -331,13 +334,12 @@ def _forward_groups(
     for write in tl.static_range(2):
         rstd = 1.0 / tl.sqrt(m2 / size + eps)
         for start in range(0, size, BLOCK_K):
-            at, mask, c = _elements(
-                start, row, valid, first, size, channels, G, HW, CHANNELS_LAST, BLOCK_K
-            )
+            at, mask, weight, bias = _elements(
+                start, row, valid, first, size, channels, G, HW, weight_ptr, bias_ptr,
+                CHANNELS_LAST, BLOCK_K,
+            )  # fmt: skip
             x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
             if write:
-                weight = tl.load(weight_ptr + c, mask, 0.0).to(tl.float32)
-                bias = tl.load(bias_ptr + c, mask, 0.0).to(tl.float32)
                 _store_output(
                     x, residual_ptr, y_ptr, at, mask, mean[:, None], rstd[:, None], weight, bias,
                     RELU, RESIDUAL,
@@ -361,50 +363,37 @@ def _backward_groups(
     blocks = tl.cdiv(N * G, BLOCK_R)
     block = tl.program_id(0)
     if block < blocks:
-        _gradient_of_groups(
-            block, dy_ptr, x_ptr, y_ptr, dz_ptr, dx_ptr, stats_ptr, weight_ptr, bias_ptr, N, G, HW,
-            inner, RELU, RESIDUAL, CHANNELS_LAST, VECTOR, BLOCK_R, BLOCK_K,
-        )  # fmt: skip
+        row, valid, first, size, channels = _groups(
+            block, N, G, HW, inner, CHANNELS_LAST, VECTOR, BLOCK_R
+        )
+        mean = tl.load(stats_ptr + row, valid, 0.0)[:, None]
+        rstd = tl.load(stats_ptr + N * G + row, valid, 0.0)[:, None]
+        slope = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+        constant = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+        for write in tl.static_range(2):
+            slope_mean = tl.sum(slope, 1)[:, None] / size
+            constant_mean = tl.sum(constant, 1)[:, None] / size
+            for start in range(0, size, BLOCK_K):
+                at, mask, weight, bias = _elements(
+                    start, row, valid, first, size, channels, G, HW, weight_ptr, bias_ptr,
+                    CHANNELS_LAST, BLOCK_K,
+                )  # fmt: skip
+                dz, normalized = _load_dz(
+                    dy_ptr, x_ptr, y_ptr, at, mask, mean, rstd, weight, bias, RELU, RESIDUAL
+                )
+                if write:
+                    dx = rstd * (weight * dz - constant_mean - normalized * slope_mean)
+                    tl.store(dx_ptr + at, dx, mask)
+                    if RESIDUAL:
+                        tl.store(dz_ptr + at, dz, mask)
+                else:
+                    slope += weight * dz * normalized
+                    constant += weight * dz
     else:
         _gradient_of_channels(
             block - blocks, dy_ptr, x_ptr, y_ptr, grad_weight_ptr, grad_bias_ptr, stats_ptr,
             weight_ptr, bias_ptr, N, G, HW, inner, RELU, RESIDUAL, CHANNELS_LAST, VECTOR,
         )  # fmt: skip
-
-
-@triton.jit
-def _gradient_of_groups(
-    block, dy_ptr, x_ptr, y_ptr, dz_ptr, dx_ptr, stats_ptr, weight_ptr, bias_ptr, N, G, HW, inner,
-    RELU: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    row, valid, first, size, channels = _groups(
-        block, N, G, HW, inner, CHANNELS_LAST, VECTOR, BLOCK_R
-    )
-    mean = tl.load(stats_ptr + row, valid, 0.0)[:, None]
-    rstd = tl.load(stats_ptr + N * G + row, valid, 0.0)[:, None]
-    slope = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-    constant = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-    for write in tl.static_range(2):
-        slope_mean = tl.sum(slope, 1)[:, None] / size
-        constant_mean = tl.sum(constant, 1)[:, None] / size
-        for start in range(0, size, BLOCK_K):
-            at, mask, c = _elements(
-                start, row, valid, first, size, channels, G, HW, CHANNELS_LAST, BLOCK_K
-            )
-            weight = tl.load(weight_ptr + c, mask, 0.0).to(tl.float32)
-            bias = tl.load(bias_ptr + c, mask, 0.0).to(tl.float32)
-            dz, normalized = _load_dz(
-                dy_ptr, x_ptr, y_ptr, at, mask, mean, rstd, weight, bias, RELU, RESIDUAL
-            )
-            if write:
-                dx = rstd * (weight * dz - constant_mean - normalized * slope_mean)
-                tl.store(dx_ptr + at, dx, mask)
-                if RESIDUAL:
-                    tl.store(dz_ptr + at, dz, mask)
-            else:
-                slope += weight * dz * normalized
-                constant += weight * dz
 
 
 @triton.jit
@@ -531,16 +520,9 @@ def forward(
     eps: float | None,
     relu: bool,
 ) -> Tensor:
-    """Return y = act((x - mean) rstd weight + bias + residual).
+    """Return y = act((x - mean) rstd weight + bias + residual), for x of shape (N, C, *).
 
-    Args:
-        x: of shape (N, C, *), not empty; float32, bfloat16 or float16.
-        weight: of shape (C,).
-        bias: of shape (C,).
-        residual: None, or as ``x``.
-        stats: mean and rstd in float32, of shape (2, N, G); written, unless ``eps`` is None.
-        eps: added to the variance under the root.
-        relu: apply ReLU last.
+    Mean and rstd, ``stats`` of shape (2, N, G) in float32, are written, unless ``eps`` is None.
     """
     layout = memory_format(x)
     x, weight, bias = dense(x, layout), dense(weight), dense(bias)
@@ -565,16 +547,9 @@ def forward(
 def backward(
     dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, stats: Tensor, relu: bool
 ) -> list[Tensor]:
-    """Return dx, dγ, dβ, and dz = dL/d(input of the activation) where y is given.
+    """Return dx, dγ, dβ, and where y is given dz = dL/d(input of the activation).
 
-    Args:
-        dy: gradient of the output.
-        x: the input.
-        y: the output, where the ReLU acted on a sum with a residual; else None.
-        weight: of shape (C,).
-        bias: of shape (C,).
-        stats: of :func:`forward`.
-        relu: whether ReLU was applied.
+    It is given where the ReLU acted on a sum with a residual.
     """
     layout = memory_format(x)
     dy, x, weight, bias = dense(dy, layout), dense(x, layout), dense(weight), dense(bias)

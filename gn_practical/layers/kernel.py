@@ -14,19 +14,12 @@ Constants = tuple[bool | int, ...]
 
 
 class Cut(NamedTuple):
-    """How a kernel's work is cut into programs.
-
-    Attributes:
-        grid: programs.
-        numbers: sizes, as the kernel takes them.
-        tile: constants.
-        tiles: all that ``tile`` can be; the first launch compiles for each.
-    """
+    """How a kernel's work is cut into programs."""
 
     grid: tuple[int, int, int]
-    numbers: tuple[int, ...]
+    numbers: tuple[int, ...]  # sizes, as the kernel takes them
     tile: Constants
-    tiles: tuple[Constants, ...]
+    tiles: tuple[Constants, ...]  # all that ``tile`` can be; the first launch compiles for each
 
 
 class Kernel:
@@ -51,11 +44,7 @@ class Kernel:
     def __call__(self, cut: Cut, args: tuple, key: tuple, flags: Constants = ()) -> None:
         """Launch with ``args``, the numbers of ``cut``, ``flags``, and the constants of ``cut``.
 
-        Args:
-            cut: programs and their tiles.
-            args: tensors, and numbers before those of ``cut``.
-            key: the types of ``args``, and the device.
-            flags: constants before those of ``cut``.
+        ``key`` is made of the types of ``args`` and the device.
         """
         args = (*args, *cut.numbers, *flags)
         if INTERPRETED:

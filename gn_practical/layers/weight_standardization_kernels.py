@@ -68,12 +68,7 @@ def _gradient(dy_ptr, weight_ptr, dw_ptr, stats_ptr, eps, K, BLOCK: tl.constexpr
 
 
 def forward(weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the standardized filters, and in float32 mean and unbiased std, of shape (2, O).
-
-    Args:
-        weight: O filters; float32, bfloat16 or float16.
-        eps: added to the standard deviation.
-    """
+    """Return the O standardized filters, and mean and unbiased std in float32, of shape (2, O)."""
     weight = dense(weight)
     y, stats = torch.empty_like(weight), weight.new_empty((2, len(weight)), dtype=torch.float32)
     _launch(_standardize, weight, (weight, y, stats), eps)
@@ -81,14 +76,7 @@ def forward(weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def backward(dy: Tensor, weight: Tensor, stats: Tensor, eps: float) -> Tensor:
-    """Return dL/d(filters).
-
-    Args:
-        dy: gradient of the standardized filters.
-        weight: as in :func:`forward`.
-        stats: from :func:`forward`.
-        eps: as in :func:`forward`.
-    """
+    """Return dL/d(filters) from that of the standardized ones and what :func:`forward` returned."""
     weight = dense(weight)
     dw = torch.empty_like(weight)
     _launch(_gradient, weight, (dense(dy), weight, dw, stats), eps)

@@ -1,8 +1,9 @@
 """Group normalization, residual sum and ReLU as one operator.
 
-On CUDA it runs the Triton kernels of :mod:`gn_practical.layers.group_norm_kernels`, as the custom
-operator ``gn_practical::group_norm``. Everything else runs PyTorch's own operators: the CPU,
-float64, empty batches, double backward, tracing, scripting and export. The numbers are the same;
+On CUDA it runs the Triton kernels of :mod:`gn_practical.layers.group_norm_kernels`; under
+``torch.compile``, or whatever else must see operators, as the custom operator
+``gn_practical::group_norm``. Everything else runs PyTorch's own operators: the CPU, float64, empty
+batches, double backward, tracing, scripting and export. The numbers are the same;
 :func:`gn_practical.layers.backends.backend` says which it is.
 """
 
@@ -213,7 +214,8 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weight, bias, residual, ctx.num_groups, ctx.eps, ctx.relu = inputs
     y, stats = output
     relu = ctx.relu  # a closure over ctx would keep what it saved
-    recomputation.remember(y, lambda *args: _kernels().normalize(*args, relu), (*inputs[:4], stats))
+    again = lambda *args: _kernels().forward(*args, None, relu)  # noqa: E731
+    recomputation.remember(y, again, (*inputs[:4], stats))
     # The mask of the ReLU follows from x alone, unless a residual was added.
     y = y if ctx.relu and residual is not None else None
     ctx.save_for_backward(x, weight, bias, y, stats)

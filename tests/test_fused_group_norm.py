@@ -418,15 +418,14 @@ AHEAD_OF_TIME = """
                 compile(kernels._normalize, both, dtype, capability)
                 compile(kernels._sums, both, dtype, capability)
                 compile(kernels._gradient, dict(shape, RELU=True), dtype, capability)
-                for block_r, block_k in kernels.GROUP_TILES:
-                    groups = dict(RELU=True, RESIDUAL=True, CHANNELS_LAST=last, VECTOR=vector,
-                                  BLOCK_R=block_r, BLOCK_K=block_k)
-                    compile(kernels._forward_groups, groups, dtype, capability)
-                    compile(kernels._backward_groups, groups, dtype, capability)
-        for block_r, block_k in kernels.MERGE_TILES:
-            tile = dict(BLOCK_R=block_r, BLOCK_K=block_k)
-            compile(kernels._combine, tile, "fp32", capability)
-            compile(kernels._reduce, tile, "fp32", capability)
+            block_r, block_k = kernels.GROUP_TILES[1]
+            groups = dict(RELU=True, RESIDUAL=True, CHANNELS_LAST=last, VECTOR=vector,
+                          BLOCK_R=block_r, BLOCK_K=block_k)
+            compile(kernels._forward_groups, groups, dtype, capability)
+            compile(kernels._backward_groups, groups, dtype, capability)
+        block_r, block_k = kernels.MERGE_TILES[1]
+        for kernel in (kernels._combine, kernels._reduce):
+            compile(kernel, dict(BLOCK_R=block_r, BLOCK_K=block_k), "fp32", capability)
         for kernel in (standardization._standardize, standardization._gradient):
             compile(kernel, dict(BLOCK=standardization.MAX_BLOCK), "fp32", capability)
 """

@@ -81,8 +81,9 @@ def _add_tile(x, mask, n, count, mean, m2):
     centred = tl.where(mask, x - tile_mean[:, None], 0.0)
     delta = tile_mean - mean
     share = n / tl.maximum(count + n, 1.0)
+    mean += delta * share
     m2 += tl.sum(centred * centred, 1) + delta * delta * count * share
-    return mean + delta * share, m2
+    return mean, m2
 
 
 @triton.jit

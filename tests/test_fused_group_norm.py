@@ -215,6 +215,16 @@ def test_custom_operator_is_registered_well_interpreted():
 
 
 @interpreted
+def test_compiled_graphs_take_the_trial_of_the_kernels_as_a_constant_interpreted():
+    from gn_practical.layers.fused_group_norm import _kernels_agree
+
+    compiled = torch.compile(
+        lambda x: x + _kernels_agree(x.device), fullgraph=True, backend="eager"
+    )
+    assert compiled(torch.zeros(2)).tolist() == [1, 1]
+
+
+@interpreted
 def test_custom_operator_compiles_interpreted():
     inputs, upstream = make((2, 8, 4, 5), torch.float32, True)
     compiled = torch.compile(fused(2), fullgraph=True, backend="aot_eager")

@@ -33,16 +33,15 @@ def backend(device: str | torch.device) -> str:
     return KERNELS
 
 
-def kernels_run(x: Tensor, compare: Callable[[torch.device], float]) -> bool:
-    """Whether Triton kernels take ``x``, by device, dtype, what runs here, and :func:`agrees`."""
+def kernels_run(x: Tensor, agree: Callable[[torch.device], bool]) -> bool:
+    """Whether Triton kernels take ``x``, by device, dtype, what runs here, and ``agree``."""
     if not (x.is_cuda or INTERPRETED) or not HAS_TRITON or x.dtype not in DTYPES or not x.numel():
         return False
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         return False
-    return not x.is_cuda or agrees(compare, x.device)
+    return not x.is_cuda or agree(x.device)
 
 
-@torch.compiler.assume_constant_result
 @cache
 def agrees(compare: Callable[[torch.device], float], device: torch.device) -> bool:
     """Whether kernels run on a device and agree with PyTorch there, tried once.

@@ -19,6 +19,7 @@ from torch import Tensor
 from gn_practical.layers import recomputation
 from gn_practical.layers.backends import (
     INTERPRETED,
+    agrees,
     differentiable_grads,
     kernels_run,
     memory_format,
@@ -83,7 +84,7 @@ def fused_group_norm(
 def _kernels_take(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> bool:
-    if not (kernels_run(x, _largest_difference) and _has_groups(x, num_groups)):
+    if not (kernels_run(x, _kernels_agree) and _has_groups(x, num_groups)):
         return False
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         return False
@@ -99,6 +100,11 @@ def _has_groups(x: Tensor, num_groups: int) -> bool:
         and x.shape[1] % num_groups == 0
         and x.numel() > x.shape[0] * num_groups > 0
     )
+
+
+@torch.compiler.assume_constant_result
+def _kernels_agree(device: torch.device) -> bool:
+    return agrees(_largest_difference, device)
 
 
 def _largest_difference(device: torch.device) -> float:

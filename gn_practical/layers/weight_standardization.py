@@ -7,7 +7,12 @@ import torch.fx
 from detectron2.layers import Conv2d
 from torch import Tensor
 
-from gn_practical.layers.backends import differentiable_grads, kernels_run, relative_difference
+from gn_practical.layers.backends import (
+    agrees,
+    differentiable_grads,
+    kernels_run,
+    relative_difference,
+)
 from gn_practical.layers.torch_internals import convolve, is_plain, layer_norm_backward, version
 
 EPS = 1e-5
@@ -46,7 +51,7 @@ def standardize_weight(weight: Tensor, eps: float = EPS) -> Tensor:
             f"{fan_in} for a weight of shape {tuple(weight.shape)}. Exclude the layer with "
             "MODEL.WS.EXCLUDE."
         )
-    if eps and is_plain(weight) and kernels_run(weight, _largest_difference):
+    if eps and is_plain(weight) and kernels_run(weight, _kernels_agree):
         return _StandardizeOnKernels.apply(weight, eps)
     if torch.jit.is_tracing() or torch.compiler.is_compiling() or not eps:
         return _compose(weight, eps)
@@ -116,6 +121,10 @@ class _StandardizeOnKernels(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *differentiable_grads(lambda w: _compose(w, ctx.eps), (weight,), dy), None
         return ctx.kernels.backward(dy, weight, stats, ctx.eps), None
+
+
+def _kernels_agree(device: torch.device) -> bool:
+    return agrees(_largest_difference, device)
 
 
 def _largest_difference(device: torch.device) -> float:

@@ -29,7 +29,7 @@ from gn_practical.layers.group_norm_on_cpu import group_norm_in_training
 from gn_practical.layers.torch_internals import is_plain
 
 # Small groups and large ones, which run other kernels.
-CHECKED = tuple(product((24, 96), (torch.contiguous_format, torch.channels_last)))
+CHECKED = tuple(product((24, 68), (torch.contiguous_format, torch.channels_last)))
 
 
 def fused_group_norm(

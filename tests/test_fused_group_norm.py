@@ -486,7 +486,7 @@ class NoDriver:
         monkeypatch.setattr(kernels, "_compiled", set())
         for name in ("moments", "combine", "normalize", "sums", "reduce", "gradient",
                      "forward_groups", "backward_groups"):  # fmt: skip
-            monkeypatch.setattr(getattr(kernels, f"_{name}"), "_compiled", {})
+            monkeypatch.setattr(getattr(kernels, f"_{name}"), "compiled", {})
 
 
 class Launcher(NamedTuple):

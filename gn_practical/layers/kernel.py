@@ -39,7 +39,7 @@ class Kernel:
         ]
         numbers = [p.name for p in plain if not p.name.endswith("_ptr")]
         self.jit = triton.jit(do_not_specialize=numbers)(function)
-        self._compiled: dict[tuple, Any] = {}
+        self.compiled: dict[tuple, Any] = {}
 
     def __call__(self, cut: Cut, args: tuple, key: tuple, flags: Constants = ()) -> None:
         """Launch with ``args``, the numbers of ``cut``, ``flags``, and the constants of ``cut``.
@@ -50,12 +50,12 @@ class Kernel:
         if INTERPRETED:
             self.jit[cut.grid](*args, *cut.tile)
             return
-        compiled = self._compiled.get((key, flags, cut.tile))
+        compiled = self.compiled.get((key, flags, cut.tile))
         if compiled is None:
             for tile in cut.tiles:
                 form = self.jit.warmup(*args, *tile, grid=cut.grid)
-                self._compiled[key, flags, tile] = form
-            compiled = self._compiled[key, flags, cut.tile]
+                self.compiled[key, flags, tile] = form
+            compiled = self.compiled[key, flags, cut.tile]
         compiled[cut.grid](*args, *cut.tile)
 
 

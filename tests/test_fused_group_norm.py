@@ -553,6 +553,21 @@ def test_launches(layout, shape, groups, forward, backward, monkeypatch):
 
 
 @in_pytorch
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_kernels_get_aligned_memory():
+    """A kept kernel loads 16 bytes at a time, and Triton does not look again."""
+    from gn_practical.layers.kernel import dense
+
+    x = torch.arange(2 * 4 * 3 * 3 + 1.0)[1:].view(2, 4, 3, 3)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        y = dense(x, layout)
+        assert torch.equal(x, y)
+        assert y.is_contiguous(memory_format=layout)
+        assert y.data_ptr() % 16 == 0
+    assert dense(y, torch.channels_last) is y
+
+
+@in_pytorch
 def test_gradients_by_finite_differences():
     inputs, _ = make((2, 4, 2, 3), torch.float64, residual=True)
     assert torch.autograd.gradcheck(fused(2), inputs)

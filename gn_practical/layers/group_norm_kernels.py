@@ -554,6 +554,7 @@ def backward(
     """
     layout = memory_format(x)
     dy, x, weight, bias = dense(dy, layout), dense(x, layout), dense(weight), dense(bias)
+    y, stats = None if y is None else dense(y, layout), dense(stats)
     flags = (relu, y is not None)
     plan, key, ways = _prepare(x, weight, bias, stats.shape[2], flags, backward=True)
     dz = None if y is None else torch.empty_like(x)

@@ -214,13 +214,13 @@ def test_custom_operator_is_registered_well_interpreted():
         )
 
 
-@interpreted
-def test_compiled_graphs_take_the_trial_of_the_kernels_as_a_constant_interpreted():
-    from gn_practical.layers.fused_group_norm import _kernels_agree
+@in_pytorch
+def test_compiled_graphs_take_the_trial_of_the_kernels_as_a_constant(monkeypatch):
+    from gn_practical.layers import fused_group_norm as module
 
-    compiled = torch.compile(
-        lambda x: x + _kernels_agree(x.device), fullgraph=True, backend="eager"
-    )
+    monkeypatch.setattr(module, "agrees", lambda compare, device: isinstance(device, torch.device))
+    agree = module._kernels_agree
+    compiled = torch.compile(lambda x: x + agree(x.device), fullgraph=True, backend="eager")
     assert compiled(torch.zeros(2)).tolist() == [1, 1]
 
 

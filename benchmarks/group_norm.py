@@ -189,16 +189,16 @@ def summary(results: list[dict]) -> list[list]:
 
 def compilations() -> int:
     """Count what Triton compiles for six image sizes after a first one."""
-    from gn_practical.layers import group_norm_kernels as module
+    from gn_practical.layers import group_norm_kernels
+    from gn_practical.layers.kernel import Kernel
 
-    names = ("_moments", "_combine", "_normalize", "_sums", "_gradient")
-    kernels = [getattr(module, name) for name in names]
+    kernels = [k for k in vars(group_norm_kernels).values() if isinstance(k, Kernel)]
     counts = []
     for size in [(200, 336), (160, 168), (25, 42), (7, 7), (13, 21), (199, 301), (96, 128)]:
         x = torch.randn(2, 64, *size, device="cuda", requires_grad=True)
         weight = torch.ones(64, device="cuda", requires_grad=True)
         fused_group_norm(x, 16, weight, weight, residual=x, relu=True).sum().backward()
-        counts.append(sum(len(cache[0]) for k in kernels for cache in k.device_caches.values()))
+        counts.append(sum(len(kernel.compiled) for kernel in kernels))
     return counts[-1] - counts[0]
 
 

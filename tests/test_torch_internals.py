@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from gn_practical.layers import torch_internals as internals
 
@@ -30,6 +31,18 @@ def test_transforms_are_seen():
     seen = []
     torch.func.vmap(lambda t: seen.append(internals.transforms_active()) or t)(torch.zeros(2))
     assert seen == [True], "torch._C._are_functorch_transforms_active"
+
+
+def test_what_sees_operators_is_seen():
+    x = torch.zeros(2)
+    assert internals.is_plain(x)
+    assert internals.is_plain(nn.Parameter(x))
+    with FakeTensorMode() as mode:
+        assert not internals.is_plain(x), "torch._C._len_torch_dispatch_stack"
+    assert not internals.is_plain(mode.from_tensor(x))
+    seen = []
+    torch.func.vmap(lambda t: seen.append(internals.is_plain(t)) or t)(x)
+    assert seen == [False]
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
+KERNELS = "Triton kernels"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels take
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on the CPU, slowly
@@ -28,29 +30,30 @@ def backend(device: str | torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"PyTorch's operators: the kernels need compute capability 8.0, not {major}.{minor}"
-    return "Triton kernels"
+    return KERNELS
 
 
-def kernels_run(x: Tensor) -> bool:
-    """Whether Triton kernels can take ``x``, by device and dtype, and in what runs here."""
-    if not (x.is_cuda or INTERPRETED) or not HAS_TRITON or x.dtype not in DTYPES:
+def kernels_run(x: Tensor, agree: Callable[[torch.device], bool]) -> bool:
+    """Whether Triton kernels take ``x``, by device, dtype, what runs here, and ``agree``."""
+    if not (x.is_cuda or INTERPRETED) or not HAS_TRITON or x.dtype not in DTYPES or not x.numel():
         return False
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         return False
-    return not (x.is_cuda and torch.version.hip is None and _compute_capability(x) < 8)
+    return not x.is_cuda or agree(x.device)
 
 
-def _compute_capability(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).major
+@cache
+def agrees(compare: Callable[[torch.device], float], device: torch.device) -> bool:
+    """Whether kernels run on a device and agree with PyTorch there, tried once.
 
-
-def agrees(compare: Callable[[str], float], device: str) -> bool:
-    """Whether ``compare`` finds kernels and PyTorch alike; warns where it does not.
+    A driver, a Triton or a GPU that breaks them costs speed and a warning, not the run.
 
     Args:
-        compare: returns the largest relative difference on a device.
+        compare: returns their largest relative difference on a device.
         device: where.
     """
+    if device.type == "cuda" and backend(device) != KERNELS:
+        return False
     try:
         with torch.inference_mode(False), torch.enable_grad():
             difference = compare(device)
@@ -66,9 +69,13 @@ def agrees(compare: Callable[[str], float], device: str) -> bool:
     return False
 
 
-def relative_difference(ours: Sequence[Tensor], others: Sequence[Tensor]) -> float:
-    """Return the largest difference of two lists of tensors, relative to each one's largest."""
-    pairs = zip(ours, others, strict=True)
+def relative_difference(
+    ours: Callable[..., Tensor], theirs: Callable[..., Tensor], inputs: Sequence[Tensor]
+) -> float:
+    """Return the largest difference of outputs and gradients, relative to each one's largest."""
+    inputs = [t.clone().requires_grad_() for t in inputs]
+    outputs = (function(*inputs) for function in (ours, theirs))
+    pairs = zip(*((y, *torch.autograd.grad(y.sin().sum(), inputs)) for y in outputs), strict=True)
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
@@ -84,13 +91,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 def differentiable_grads(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Return dL/d(inputs) of ``function``, itself differentiable; None where none is wanted.
-
-    Args:
-        function: made of PyTorch's operators.
-        inputs: its arguments.
-        dy: gradient of its output.
-    """
+    """Return dL/d(inputs) of ``function``, itself differentiable; None where none is wanted."""
     wanted = [t for t in inputs if t.requires_grad]
     with torch.enable_grad():
         output = function(*inputs)

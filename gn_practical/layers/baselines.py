@@ -14,14 +14,6 @@ from gn_practical.layers.group_norm import FusedGroupNorm, refuse_single_values
 class InstanceNorm(FusedGroupNorm):
     """Instance normalization (arXiv:1607.08022): as many groups as channels, and affine.
 
-    Args:
-        num_channels: C.
-        eps: added to the biased variance under the root.
-
-    Shape:
-        - Input: (N, C, *)
-        - Output: as the input.
-
     Raises:
         ValueError: at run time, for one value a channel.
 
@@ -38,14 +30,6 @@ class LayerNorm1(FusedGroupNorm):
     """Layer normalization as group norm knows it (arXiv:1803.08494): one group of all channels.
 
     Differences from Detectron2's "LN": statistics are of a whole sample, not of each pixel.
-
-    Args:
-        num_channels: C.
-        eps: added to the biased variance under the root.
-
-    Shape:
-        - Input: (N, C, *)
-        - Output: as the input.
 
     Example:
         >>> LayerNorm1(64).num_groups
@@ -79,8 +63,7 @@ class SwitchNorm(nn.InstanceNorm2d):
         momentum: share of the new batch in the moving averages.
 
     Shape:
-        - Input: (N, C, *)
-        - Output: as the input.
+        - Input and output: (N, C, *)
 
     Example:
         >>> SwitchNorm(64)(torch.randn(2, 64, 8, 8)).shape
@@ -155,8 +138,7 @@ class FilterResponseNorm(nn.InstanceNorm2d):
         eps: added to ν² under the root.
 
     Shape:
-        - Input: (N, C, *)
-        - Output: as the input.
+        - Input and output: (N, C, *)
 
     Raises:
         ValueError: at run time, for one value a channel.

@@ -1,12 +1,15 @@
 """Group normalization, residual sum and ReLU as one operator.
 
-On CUDA it runs the Triton kernels of :mod:`gn_practical.layers.group_norm_kernels`, as the custom
-operator ``gn_practical::group_norm``. Everything else runs PyTorch's own operators: the CPU,
-float64, empty batches, double backward, tracing, scripting and export. The numbers are the same;
+On CUDA it runs the Triton kernels of :mod:`gn_practical.layers.group_norm_kernels`; under
+``torch.compile``, or whatever else must see operators, as the custom operator
+``gn_practical::group_norm``. Everything else runs PyTorch's own operators: the CPU, float64, empty
+batches, double backward, tracing, scripting and export. The numbers are the same;
 :func:`gn_practical.layers.backends.backend` says which it is.
 """
 
-from functools import cache, partial
+from functools import cache
+from itertools import product
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,8 +26,10 @@ from gn_practical.layers.backends import (
     relative_difference,
 )
 from gn_practical.layers.group_norm_on_cpu import group_norm_in_training
+from gn_practical.layers.torch_internals import is_plain
 
-CHECKED_FORMATS = (torch.contiguous_format, torch.channels_last)
+# Small groups and large ones, which run other kernels.
+CHECKED = tuple(product((24, 68), (torch.contiguous_format, torch.channels_last)))
 
 
 def fused_group_norm(
@@ -52,8 +57,7 @@ def fused_group_norm(
         relu: apply ReLU last.
 
     Shape:
-        - x: (N, C, *)
-        - Output: as ``x``.
+        - Input and output: (N, C, *)
 
     Raises:
         RuntimeError: for groups that do not divide C, or parameters of another size than C.
@@ -69,7 +73,8 @@ def fused_group_norm(
     if (x.is_cuda or INTERPRETED) and _kernels_take(x, num_groups, weight, bias, residual):
         weight = x.new_ones(x.shape[1]) if weight is None else weight
         bias = x.new_zeros(x.shape[1]) if bias is None else bias
-        return _group_norm(x, weight, bias, residual, num_groups, eps, relu)[0]
+        inputs = (x, weight, bias, residual, num_groups, eps, relu)
+        return _FusedGroupNorm.apply(*inputs) if is_plain(x) else _group_norm(*inputs)[0]
     if not torch.is_autocast_enabled(x.device.type):
         return _run_pytorch(x, num_groups, weight, bias, eps, residual, relu)
     with torch.autocast(x.device.type, enabled=False):  # it would return float32 on CUDA
@@ -77,19 +82,14 @@ def fused_group_norm(
 
 
 def _kernels_take(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> bool:
-    if not (kernels_run(x) and _has_groups(x, num_groups)):
+    if not (kernels_run(x, _kernels_agree) and _has_groups(x, num_groups)):
         return False
-    if x.is_cuda and not _kernels_agree(str(x.device)):
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         return False
     parameters = [t for t in (weight, bias) if t is not None]
-    same = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
-    return same and all(t.shape == x.shape[1:2] and t.device == x.device for t in parameters)
+    return all(t.shape == x.shape[1:2] and t.device == x.device for t in parameters)
 
 
 def _has_groups(x: Tensor, num_groups: int) -> bool:
@@ -103,31 +103,22 @@ def _has_groups(x: Tensor, num_groups: int) -> bool:
 
 
 @torch.compiler.assume_constant_result
-@cache
-def _kernels_agree(device: str) -> bool:
-    """Whether the kernels give PyTorch's numbers on this device, tried once on a small input.
-
-    A driver, a Triton or a GPU that breaks them costs speed and a warning, not the run.
-    """
+def _kernels_agree(device: torch.device) -> bool:
     return agrees(_largest_difference, device)
 
 
-def _largest_difference(device: str) -> float:
+def _largest_difference(device: torch.device) -> float:
     """Compare outputs and gradients of the kernels and of PyTorch on small inputs."""
-    return max(_difference(device, layout) for layout in CHECKED_FORMATS)
+    return max(_difference(device, size, layout) for size, layout in CHECKED)
 
 
-def _difference(device: str, layout: torch.memory_format) -> float:
-    x = torch.linspace(0, 99, 2 * 8 * 24 * 24, device=device).sin().add(1).view(2, 8, 24, 24)
-    inputs = [x.contiguous(memory_format=layout), x[0, :, 0, 0] + 1, x[1, :, 0, 0], x.flip(0)]
-    inputs = [t.clone().requires_grad_() for t in inputs]
-    x, weight, bias, residual = inputs
-    outputs = (
-        _group_norm(x, weight, bias, residual, 2, 1e-5, True)[0],
-        _compose(x, 2, weight, bias, 1e-5, residual, True),
+def _difference(device: torch.device, size: int, layout: torch.memory_format) -> float:
+    x = torch.linspace(0, 99, 16 * size * size, device=device).sin().add(1).view(2, 8, size, size)
+    return relative_difference(
+        lambda *tensors: _FusedGroupNorm.apply(*tensors, 2, 1e-5, True),
+        lambda x, weight, bias, residual: _compose(x, 2, weight, bias, 1e-5, residual, True),
+        (x.contiguous(memory_format=layout), x[0, :, 0, 0] + 1, x[1, :, 0, 0], x.flip(0)),
     )
-    ours, pytorch = ((y, *torch.autograd.grad(y.square().sum(), inputs)) for y in outputs)
-    return relative_difference(ours, pytorch)
 
 
 def _compose(
@@ -187,39 +178,38 @@ def _group_norm(
     num_groups: int,
     eps: float,
     relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from gn_practical.layers import group_norm_kernels  # not at import: Triton is optional
-
-    return group_norm_kernels.forward(x, weight, bias, residual, num_groups, eps, relu)
+) -> tuple[Tensor, Tensor]:
+    stats = _new_stats(x, num_groups)
+    return _kernels().forward(x, weight, bias, residual, stats, eps, relu), stats
 
 
 @torch.library.custom_op("gn_practical::group_norm_backward", mutates_args=())
 def _group_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from gn_practical.layers import group_norm_kernels
+    dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, stats: Tensor, relu: bool
+) -> list[Tensor]:
+    return _kernels().backward(dy, x, y, weight, bias, stats, relu)
 
-    return group_norm_kernels.backward(dy, x, y, weight, bias, mean, rstd, relu)
+
+@cache
+def _kernels() -> ModuleType:
+    from gn_practical.layers import group_norm_kernels  # not at import: Triton is optional
+
+    return group_norm_kernels
 
 
 @_group_norm.register_fake
-def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    mean = x.new_empty(x.shape[0], args[3], dtype=torch.float32)
-    return _empty_output(x), mean, torch.empty_like(mean)
+def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _empty_output(x), _new_stats(x, args[3])
 
 
 @_group_norm_backward.register_fake
-def _(dy: Tensor, x: Tensor, y: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dz = x.new_empty(0) if y is None else _empty_output(x)
-    grad_weight = x.new_empty(x.shape[1], dtype=torch.float32)
-    return _empty_output(x), grad_weight, torch.empty_like(grad_weight), dz
+def _(dy: Tensor, x: Tensor, y: Tensor | None, *parameters: Any) -> list[Tensor]:
+    grads = [_empty_output(x), *(torch.empty_like(t) for t in parameters[:2])]
+    return grads if y is None else [*grads, _empty_output(x)]
+
+
+def _new_stats(x: Tensor, num_groups: int) -> Tensor:
+    return x.new_empty((2, x.shape[0], num_groups), dtype=torch.float32)
 
 
 def _empty_output(x: Tensor) -> Tensor:
@@ -228,30 +218,18 @@ def _empty_output(x: Tensor) -> Tensor:
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weight, bias, residual, ctx.num_groups, ctx.eps, ctx.relu = inputs
-    y, mean, rstd = output
-    recomputation.remember(y, partial(_normalize, ctx.relu), (*inputs[:4], mean, rstd))
+    y, stats = output
+    relu = ctx.relu  # a closure over ctx would keep what it saved
+    again = lambda *args: _kernels().forward(*args, None, relu)  # noqa: E731
+    recomputation.remember(y, again, (*inputs[:4], stats))
     # The mask of the ReLU follows from x alone, unless a residual was added.
     y = y if ctx.relu and residual is not None else None
-    ctx.save_for_backward(x, weight, bias, y, mean, rstd)
+    ctx.save_for_backward(x, weight, bias, y, stats)
     ctx.set_materialize_grads(False)
 
 
-def _normalize(
-    relu: bool,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-) -> Tensor:
-    from gn_practical.layers import group_norm_kernels
-
-    return group_norm_kernels.normalize(x, weight, bias, residual, mean, rstd, relu)
-
-
 def _differentiate(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    x, weight, bias, y, mean, rstd = ctx.saved_tensors
+    x, weight, bias, y, stats = ctx.saved_tensors
     if torch.is_grad_enabled():  # somebody will differentiate this backward pass
         if ctx.relu:
             with torch.no_grad():
@@ -262,20 +240,25 @@ def _differentiate(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
             (x, weight.to(x.dtype), bias.to(x.dtype)),
             dy,
         )
-        return *grads, dy if ctx.needs_input_grad[3] else None, None, None, None
-    dx, grad_weight, grad_bias, dz = _group_norm_backward(
-        dy, x, y, weight, bias, mean, rstd, ctx.relu
-    )
-    residual_grad = dy if y is None else dz
-    return (
-        dx,
-        grad_weight.to(weight.dtype),
-        grad_bias.to(bias.dtype),
-        residual_grad if ctx.needs_input_grad[3] else None,
-        None,
-        None,
-        None,
-    )
+    else:
+        run = _kernels().backward if is_plain(dy) else _group_norm_backward
+        grads = run(dy, x, y, weight, bias, stats, ctx.relu)
+        dy = dy if y is None else grads[3]
+    return *grads[:3], dy if ctx.needs_input_grad[3] else None, None, None, None
 
 
 _group_norm.register_autograd(_differentiate, setup_context=_save)
+
+
+class _FusedGroupNorm(torch.autograd.Function):
+    """The same without the dispatcher, which costs more than all else on the host."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, num_groups, eps, relu = inputs
+        stats = _new_stats(inputs[0], num_groups)
+        y = _kernels().forward(*tensors, stats, eps, relu)
+        _save(ctx, inputs, (y, stats))
+        return y
+
+    backward = staticmethod(_differentiate)

@@ -14,27 +14,12 @@ from gn_practical.num_groups import gradient_variance_ratio
 class FusedGroupNorm(nn.GroupNorm):
     """``nn.GroupNorm`` on this package's operator, with residual and ReLU in the same pass.
 
-    Each of the G groups of a sample is normalized by its mean and biased variance, eps under the
-    root; then each channel is scaled and shifted. Statistics are computed in float32 at least. See
-    :func:`~gn_practical.layers.fused_group_norm.fused_group_norm`.
-
-    A group that holds one value at run time, C/G * H * W = 1, makes the output constant and the
-    gradient zero. The layer refuses it.
-
-    Args:
-        num_groups: G, a divisor of C.
-        num_channels: C, channels of the input.
-        eps: added to the variance under the root.
-        affine: learn a scale and a shift for each channel.
-        device: of the parameters.
-        dtype: of the parameters.
-
-    Shape:
-        - Input: (N, C, *)
-        - Output: as the input.
+    See :func:`~gn_practical.layers.fused_group_norm.fused_group_norm`; arguments and shapes are
+    those of ``nn.GroupNorm``.
 
     Raises:
-        ValueError: at run time, where a group holds a single value.
+        ValueError: at run time, where a group holds a single value, C/G * H * W = 1: its output
+            would be constant and its gradient zero.
 
     Example:
         >>> FusedGroupNorm(8, 64)(torch.randn(2, 64, 8, 8), relu=True).shape
@@ -71,8 +56,7 @@ class PracticalGroupNorm(FusedGroupNorm):
         dtype: of the parameters.
 
     Shape:
-        - Input: (N, C, *)
-        - Output: as the input.
+        - Input and output: (N, C, *)
 
     Raises:
         RuntimeError: at run time, while unbound.

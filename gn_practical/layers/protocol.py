@@ -65,9 +65,6 @@ def norm_channels(module: nn.Module) -> int | None:
     A norm has ``num_channels`` or ``num_features``, ``eps``, and weights of one number a channel
     or none: batch, group and instance norms of torch, Detectron2, timm and this package.
 
-    Args:
-        module: any module.
-
     Example:
         >>> norm_channels(nn.BatchNorm2d(8)), norm_channels(nn.Conv2d(8, 8, 1))
         (8, None)

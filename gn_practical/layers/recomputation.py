@@ -54,10 +54,7 @@ class _Stored(NamedTuple):
 class _View(NamedTuple):
     output: "_Output"
     geometry: tuple[torch.Size, tuple[int, ...], int]
-
-    @property
-    def chain(self) -> int:
-        return self.output.chain
+    chain: int
 
     def unpack(self) -> Tensor:
         return self.output.compute().as_strided(*self.geometry)
@@ -88,7 +85,8 @@ def _pack(tensor: Tensor) -> _Stored | _View:
         output = (_state.outputs or {}).get(internals.storage_key(tensor))
         found = (internals.version(tensor), tensor.dtype)
         if output is not None and (output.version, output.dtype) == found:
-            return _View(output, (tensor.shape, tensor.stride(), tensor.storage_offset()))
+            geometry = (tensor.shape, tensor.stride(), tensor.storage_offset())
+            return _View(output, geometry, output.chain)
     return _Stored(tensor, internals.version(tensor))
 
 
@@ -136,9 +134,8 @@ def is_active() -> bool:
 def recomputing() -> Iterator[None]:
     """Within this context nothing stores outputs of the fused operator for the backward pass.
 
-    Values and gradients stay the same to the last bit. Each output is computed again where the
-    backward pass needs it: about one more forward pass of the norms. A tensor that is modified in
-    place after it was saved is an error in the backward pass, as without this context.
+    Values and gradients stay the same to the last bit, for about one more forward pass of the
+    norms. A tensor that is modified after it was saved is an error, as without this context.
 
     Example:
         >>> from gn_practical.layers.fused_group_norm import fused_group_norm
@@ -158,11 +155,8 @@ def recomputing() -> Iterator[None]:
 def recompute_outputs(model: nn.Module) -> None:
     """Run each forward pass of ``model`` that records gradients in :func:`recomputing`.
 
-    A second call changes nothing. Compiled models run as without it.
-
-    Args:
-        model: any module with :class:`gn_practical.PracticalGroupNorm` layers; the norms should
-            take their activation along, see ``gn_practical.modeling.fusion.fuse_norms``.
+    A second call changes nothing. Compiled models run as without it. The norms should take their
+    activation along, see ``gn_practical.modeling.fusion.fuse_norms``.
 
     Example:
         >>> from gn_practical.layers import PracticalGroupNorm

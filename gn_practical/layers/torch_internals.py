@@ -37,6 +37,16 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether nothing but autograd sees operators on a tensor: no tracer, mode or subclass."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a hook on this very module sees its calls or its gradients."""
     return bool(

@@ -1,6 +1,5 @@
 """Weight standardization of convolutions."""
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from gn_practical.layers.backends import (
     kernels_run,
     relative_difference,
 )
-from gn_practical.layers.torch_internals import convolve, layer_norm_backward, version
+from gn_practical.layers.torch_internals import convolve, is_plain, layer_norm_backward, version
 
 EPS = 1e-5
 
@@ -33,8 +32,7 @@ def standardize_weight(weight: Tensor, eps: float = EPS) -> Tensor:
         eps: added to the standard deviation.
 
     Shape:
-        - weight: (out_channels, in_channels / groups, kernel height, kernel width)
-        - Output: as the weight.
+        - Input and output: (out_channels, in_channels / groups, kernel height, kernel width)
 
     Raises:
         ValueError: if a filter holds a single number, which has no standard deviation.
@@ -45,7 +43,7 @@ def standardize_weight(weight: Tensor, eps: float = EPS) -> Tensor:
         True
     """
     if torch.jit.is_scripting():
-        return _compose(weight.flatten(1), eps).view_as(weight)
+        return _compose(weight, eps)
     fan_in = weight[0].numel()
     if fan_in < 2:
         raise ValueError(
@@ -53,19 +51,20 @@ def standardize_weight(weight: Tensor, eps: float = EPS) -> Tensor:
             f"{fan_in} for a weight of shape {tuple(weight.shape)}. Exclude the layer with "
             "MODEL.WS.EXCLUDE."
         )
-    if eps and _kernels_take(weight):
-        return _standardize(weight.flatten(1).contiguous(), eps)[0].view(weight.shape)
-    flat = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
+    if eps and is_plain(weight) and kernels_run(weight, _kernels_agree):
+        return _StandardizeOnKernels.apply(weight, eps)
     if torch.jit.is_tracing() or torch.compiler.is_compiling() or not eps:
-        return _compose(flat, eps).to(weight.dtype).view_as(weight)
+        return _compose(weight, eps)
+    flat = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
     return _Standardize.apply(flat, eps)[0].to(weight.dtype).view_as(weight)
 
 
-def _compose(flat: Tensor, eps: float) -> Tensor:
+def _compose(weight: Tensor, eps: float) -> Tensor:
     """The definition, in PyTorch's operators; differentiable any number of times."""
+    flat = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
     # torch's own std, for its gradient of zero where a filter is constant.
     std, mean = torch.std_mean(flat, 1, keepdim=True)
-    return (flat - mean) / (std + eps)
+    return ((flat - mean) / (std + eps)).to(weight.dtype).view_as(weight)
 
 
 class _Standardize(torch.autograd.Function):
@@ -106,67 +105,33 @@ class _Standardize(torch.autograd.Function):
         return grad.mul_(r / (t * factor)), None
 
 
-@torch.library.custom_op("gn_practical::standardize_weight", mutates_args=())
-def _standardize(flat: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    from gn_practical.layers import weight_standardization_kernels  # Triton is optional
+class _StandardizeOnKernels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, eps: float) -> Tensor:
+        from gn_practical.layers import weight_standardization_kernels  # Triton is optional
 
-    return weight_standardization_kernels.forward(flat, eps)
+        ctx.kernels, ctx.eps = weight_standardization_kernels, eps
+        y, stats = ctx.kernels.forward(weight, eps)
+        ctx.save_for_backward(weight, stats)
+        return y
 
-
-@torch.library.custom_op("gn_practical::standardize_weight_backward", mutates_args=())
-def _standardize_backward(
-    dy: Tensor, flat: Tensor, mean: Tensor, std: Tensor, eps: float
-) -> Tensor:
-    from gn_practical.layers import weight_standardization_kernels
-
-    return weight_standardization_kernels.backward(dy, flat, mean, std, eps)
-
-
-@_standardize.register_fake
-def _(flat: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    mean = flat.new_empty(flat.shape[0], dtype=torch.float32)
-    return torch.empty_like(flat), mean, torch.empty_like(mean)
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None]:
+        weight, stats = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *differentiable_grads(lambda w: _compose(w, ctx.eps), (weight,), dy), None
+        return ctx.kernels.backward(dy, weight, stats, ctx.eps), None
 
 
-@_standardize_backward.register_fake
-def _(dy: Tensor, flat: Tensor, mean: Tensor, std: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(flat)
-
-
-def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    flat, ctx.eps = inputs
-    ctx.save_for_backward(flat, *output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, None]:
-    flat, mean, std = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        return *differentiable_grads(lambda w: _compose(w, ctx.eps), (flat,), dy), None
-    return _standardize_backward(dy, flat, mean, std, ctx.eps), None
-
-
-_standardize.register_autograd(_differentiate, setup_context=_save)
-
-
-def _kernels_take(weight: Tensor) -> bool:
-    if not kernels_run(weight) or weight.numel() == 0:
-        return False
-    return not weight.is_cuda or _kernels_agree(str(weight.device))
-
-
-@torch.compiler.assume_constant_result
-@cache
-def _kernels_agree(device: str) -> bool:
-    """Whether the kernels give PyTorch's numbers on this device, tried once on a small input."""
+def _kernels_agree(device: torch.device) -> bool:
     return agrees(_largest_difference, device)
 
 
-def _largest_difference(device: str) -> float:
-    flat = torch.linspace(0, 99, 8 * 3000, device=device).sin().view(8, -1).requires_grad_()
-    outputs = (_standardize(flat, EPS)[0], _compose(flat, EPS))
-    upstream = flat.detach().cos()
-    return relative_difference(*((y, *torch.autograd.grad(y, flat, upstream)) for y in outputs))
+def _largest_difference(device: torch.device) -> float:
+    weight = torch.linspace(0, 99, 8 * 3000, device=device).sin().view(8, -1)
+    return relative_difference(
+        lambda w: _StandardizeOnKernels.apply(w, EPS), lambda w: _compose(w, EPS), (weight,)
+    )
 
 
 def _kappa(flat: Tensor) -> float:

@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gn_practical.layers.kernel import Cut, Kernel, dense
+
 MAX_BLOCK = 2048
-INTEGERS = ["K"]
 
 
-@triton.jit(do_not_specialize=INTEGERS)
-def _standardize(weight_ptr, y_ptr, mean_ptr, std_ptr, K, eps, BLOCK: tl.constexpr):
+@Kernel
+def _standardize(weight_ptr, y_ptr, stats_ptr, eps, K, BLOCK: tl.constexpr):
     """Write y = (W - mean) / (std + eps), mean and std of a filter of K numbers."""
     row = tl.program_id(0)
     first = row.to(tl.int64) * K
@@ -38,16 +39,16 @@ def _standardize(weight_ptr, y_ptr, mean_ptr, std_ptr, K, eps, BLOCK: tl.constex
         k = start + tl.arange(0, BLOCK)
         w = tl.load(weight_ptr + first + k, k < K, 0.0).to(tl.float32)
         tl.store(y_ptr + first + k, (w - mean) / (std + eps), k < K)
-    tl.store(mean_ptr + row, mean)
-    tl.store(std_ptr + row, std)
+    tl.store(stats_ptr + row, mean)
+    tl.store(stats_ptr + tl.num_programs(0) + row, std)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
-def _gradient(dy_ptr, weight_ptr, dw_ptr, mean_ptr, std_ptr, K, eps, BLOCK: tl.constexpr):
+@Kernel
+def _gradient(dy_ptr, weight_ptr, dw_ptr, stats_ptr, eps, K, BLOCK: tl.constexpr):
     """Write dW = (dy - mean(dy)) / (std + eps) - y Σ dy y / (std (K - 1))."""
     row = tl.program_id(0)
     first = row.to(tl.int64) * K
-    mean, std = tl.load(mean_ptr + row), tl.load(std_ptr + row)
+    mean, std = tl.load(stats_ptr + row), tl.load(stats_ptr + tl.num_programs(0) + row)
     total = tl.zeros([BLOCK], tl.float32)
     product = tl.zeros([BLOCK], tl.float32)
     for start in range(0, K, BLOCK):
@@ -66,37 +67,25 @@ def _gradient(dy_ptr, weight_ptr, dw_ptr, mean_ptr, std_ptr, K, eps, BLOCK: tl.c
         tl.store(dw_ptr + first + k, (dy - constant - (w - mean) * slope) / (std + eps), k < K)
 
 
-def forward(flat: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the standardized filters, and mean and unbiased std of each in float32.
-
-    Args:
-        flat: filters of shape (O, K), contiguous; float32, bfloat16 or float16.
-        eps: added to the standard deviation.
-    """
-    rows, size = flat.shape
-    mean, std = (flat.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    y = torch.empty_like(flat)
-    with torch.cuda.device_of(flat):
-        _standardize[(rows,)](flat, y, mean, std, size, eps, BLOCK=_block(size))
-    return y, mean, std
+def forward(weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the O standardized filters, and mean and unbiased std in float32, of shape (2, O)."""
+    weight = dense(weight)
+    y, stats = torch.empty_like(weight), weight.new_empty((2, len(weight)), dtype=torch.float32)
+    _launch(_standardize, weight, (weight, y, stats), eps)
+    return y, stats
 
 
-def backward(dy: Tensor, flat: Tensor, mean: Tensor, std: Tensor, eps: float) -> Tensor:
-    """Return dL/d(filters).
-
-    Args:
-        dy: gradient of the standardized filters.
-        flat: as in :func:`forward`.
-        mean: from :func:`forward`.
-        std: from :func:`forward`.
-        eps: as in :func:`forward`.
-    """
-    rows, size = flat.shape
-    dw = torch.empty_like(flat)
-    with torch.cuda.device_of(flat):
-        _gradient[(rows,)](dy.contiguous(), flat, dw, mean, std, size, eps, BLOCK=_block(size))
+def backward(dy: Tensor, weight: Tensor, stats: Tensor, eps: float) -> Tensor:
+    """Return dL/d(filters) from that of the standardized ones and what :func:`forward` returned."""
+    weight = dense(weight)
+    dw = torch.empty_like(weight)
+    _launch(_gradient, weight, (dense(dy), weight, dw, stats), eps)
     return dw
 
 
-def _block(size: int) -> int:
-    return min(triton.next_power_of_2(size), MAX_BLOCK)
+def _launch(kernel: Kernel, weight: Tensor, tensors: tuple[Tensor, ...], eps: float) -> None:
+    size = weight.numel() // len(weight)
+    tile = (min(triton.next_power_of_2(size), MAX_BLOCK),)
+    with torch.cuda.device_of(weight):
+        cut = Cut((len(weight), 1, 1), (size,), tile, (tile,))
+        kernel(cut, (*tensors, eps), (weight.dtype, weight.get_device()))

@@ -6,6 +6,7 @@ Importing the package registers the models.
 from gn_classification.backbones import (
     MLP,
     build_cifar_resnet_backbone,
+    build_detectron2_resnet_backbone,
     build_mlp_backbone,
     build_torchvision_resnet_backbone,
 )

@@ -23,8 +23,12 @@ def add_classification_config(cfg: CfgNode) -> None:
     # The norm of the model: "PGN", "GN" (of MODEL.PGN.NUM_GROUPS groups), "LN" (one group), "IN"
     # (a group a channel), "BN", or what else get_norm knows; "" for none.
     own.NORM = "PGN"
-    # Layers of the ResNet: 6n + 2 of those for CIFAR, or 18 to 152 of torchvision's.
+    # Layers of the ResNet: 6n + 2 of those for CIFAR, or 18 to 152 of torchvision's. Detectron2's
+    # have MODEL.RESNETS.DEPTH.
     own.DEPTH = 56
+    # Begin with the last norm of each block of Detectron2's ResNets at zero, which makes the block
+    # an identity; the other ResNets always do.
+    own.ZERO_INIT_RESIDUAL = True
     # Units of the MLP's hidden layer.
     own.HIDDEN = 512
     # Height and width to which images are brought.

@@ -1,4 +1,4 @@
-"""Scales and shifts for new norms: the moments of the former ones return, and nothing else moves."""
+"""Scales and shifts for new norms: the former moments return, and nothing else changes."""
 
 import copy
 

@@ -23,6 +23,7 @@ __all__ = [
     "ImageClassifier",
     "add_classification_config",
     "build_cifar_resnet_backbone",
+    "build_detectron2_resnet_backbone",
     "build_mlp_backbone",
     "build_test_loader",
     "build_torchvision_resnet_backbone",

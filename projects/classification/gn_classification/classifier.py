@@ -29,6 +29,13 @@ class Batch:
         """Name the images, as a batch of Detectron2's does."""
         return ({"image_id": index} for index in self.indices.tolist())
 
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, part: slice) -> "Batch":
+        """Return a part of the batch."""
+        return Batch(self.images[part], self.labels[part], self.indices[part])
+
 
 @META_ARCH_REGISTRY.register()
 class ImageClassifier(nn.Module):

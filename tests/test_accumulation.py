@@ -150,7 +150,9 @@ def test_a_detector_s_parts_have_the_gradients_of_the_batch(
 ):
     nms = proposal_utils.batched_nms  # takes boxes as float32, whatever the scores are
     monkeypatch.setattr(
-        proposal_utils, "batched_nms", lambda boxes, scores, *rest: nms(boxes, scores.float(), *rest)
+        proposal_utils,
+        "batched_nms",
+        lambda boxes, scores, *rest: nms(boxes, scores.float(), *rest),
     )
     model = FixedSamples(losses)
     data = [picture(number) for number in numbers]

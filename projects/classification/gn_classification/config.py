@@ -49,6 +49,9 @@ def add_classification_config(cfg: CfgNode) -> None:
     own.EPOCHS = 0
     # Where the learning rate falls by SOLVER.GAMMA, as shares of the schedule, in place of STEPS.
     own.STEP_FRACTIONS = ()
+    # Keep a moving average of the weights, of which this share stays in each step (0.9999); it is
+    # saved, evaluated as "classification_ema" and exported as backbone_ema.pth. 0: none.
+    own.EMA_DECAY = 0.0
     # SOLVER.BASE_LR is meant for a batch of this size and scaled in proportion to the batch; 0: it
     # is taken as it is.
     own.REFERENCE_BATCH = 0
@@ -90,6 +93,11 @@ def check_config(cfg: CfgNode, eval_only: bool = False) -> None:
         raise ValueError(
             "CLASSIFICATION.STEP_FRACTIONS must be numbers from 0 to 1, got "
             f"CLASSIFICATION.STEP_FRACTIONS={tuple(own.STEP_FRACTIONS)}. Correct them."
+        )
+    if not 0 <= own.EMA_DECAY < 1:
+        raise ValueError(
+            "CLASSIFICATION.EMA_DECAY must be from 0 to below 1, got CLASSIFICATION.EMA_DECAY="
+            f"{own.EMA_DECAY}. Take 0.9999 on ImageNet, or 0 for none."
         )
     if own.EPOCHS and "SOLVER.MAX_ITER" in getattr(cfg, "overridden", ()):
         raise ValueError(

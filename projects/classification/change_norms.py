@@ -52,7 +52,7 @@ Examples, in projects/classification:
 
   The same from batch norm, with 500 more steps:
     python change_norms.py --config-file configs/narrow50_tiny_imagenet.yaml --former BN \\
-        --steps 0 100 500 MODEL.WEIGHTS output/bn/model_final.pth OUTPUT_DIR output/bn_to_pgn
+        --steps 0,100,500 MODEL.WEIGHTS output/bn/model_final.pth OUTPUT_DIR output/bn_to_pgn
 
 OUTPUT_DIR gets results.json and backbone_recalibrated.pth, for MODEL.WEIGHTS of a detector.
 """
@@ -66,10 +66,16 @@ def argument_parser() -> ArgumentParser:
     parser.add_argument("--config-file", required=True, help="config with the new norms")
     parser.add_argument("--former", required=True, help="former norms: GN32, GN8, ..., BN, LN, PGN")
     parser.add_argument("--batches", type=int, default=8, help="for recalibration (default 8)")
-    parser.add_argument("--steps", type=int, nargs="+", default=[0, 50, 200], help="of training")
+    parser.add_argument(
+        "--steps", type=_numbers, default=[0, 50, 200], help="of training (default 0,50,200)"
+    )
     parser.add_argument("--lr", type=float, default=0.01, help="learning rate of the steps")
     parser.add_argument("opts", nargs="*", help="config keys and values")
     return parser
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def main(args: Namespace) -> dict[str, dict[str, float]]:

@@ -167,7 +167,7 @@ def test_norms_are_changed_and_measured(tmp_path, capsys):
             parameter.data.uniform_(0.5, 1.5)
     torch.save({"model": former.state_dict()}, tmp_path / "former.pth")
     words = ["--config-file", CONFIGS / "narrow50_tiny_imagenet.yaml", "--former", "GN4"]
-    words += ["--batches", 1, "--steps", 0, 2, "--lr", 0.001, *overrides[:-6]]
+    words += ["--batches", 1, "--steps", "0,2", "--lr", 0.001, *overrides[:-6]]
     words += ["MODEL.WEIGHTS", tmp_path / "former.pth", "SOLVER.IMS_PER_BATCH", 8]
     words += ["OUTPUT_DIR", tmp_path]
     args = change_norms.argument_parser().parse_args([str(word) for word in words])

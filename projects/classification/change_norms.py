@@ -36,7 +36,6 @@ from torch import nn
 
 from gn_practical import build_model
 from gn_practical.modeling import recalibrate_norms
-from gn_practical.training.checkpoint.safe_loading import load_torch
 from gn_practical.training.config import RunConfig, load_cfg
 from gn_practical.training.data.seeding import seed_all
 from gn_practical.training.engine.autocast import AutocastTrainer
@@ -82,7 +81,7 @@ def main(args: Namespace) -> dict[str, dict[str, float]]:
     """Measure, write the results and return them."""
     cfg = setup(args)
     model, former = build_model(cfg), build_model(former_config(cfg, args.former))
-    weights = load_torch(cfg.MODEL.WEIGHTS)["model"]
+    weights = torch.load(cfg.MODEL.WEIGHTS, map_location="cpu", weights_only=True)["model"]
     for each in (model, former):
         load_weights(each, weights)
     results: dict[str, dict[str, float]] = {}

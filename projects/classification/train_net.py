@@ -16,7 +16,6 @@ from gn_practical import training
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import verify_results
-from detectron2.modeling.backbone.resnet import ResNet
 from detectron2.utils import comm
 from gn_classification import (
     AverageWeights,
@@ -88,7 +87,8 @@ class Trainer(training.Trainer):
     def train(self) -> dict[str, Any] | None:
         """Train, and write the backbone for detectors beside the last checkpoint."""
         results = super().train()
-        if comm.is_main_process() and isinstance(plain(self.model).backbone, ResNet):
+        detectors = self.cfg.MODEL.BACKBONE.NAME == "build_detectron2_resnet_backbone"
+        if comm.is_main_process() and detectors:
             path = os.path.join(self.cfg.OUTPUT_DIR, "backbone{}.pth")
             export_backbone(plain(self.model), self.cfg, path.format(""))
             if self.average is not None:

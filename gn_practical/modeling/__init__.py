@@ -4,6 +4,7 @@ from gn_practical.modeling.binding import GroupNormBinding, bind_group_norms, gr
 from gn_practical.modeling.build import build_model
 from gn_practical.modeling.conversion import convert_to_ws
 from gn_practical.modeling.fusion import fuse_norms
+from gn_practical.modeling.recalibration import recalibrate_norms
 from gn_practical.modeling.registration import register_norm, register_pgn, unregister_pgn
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "convert_to_ws",
     "fuse_norms",
     "group_norm_bindings",
+    "recalibrate_norms",
     "register_norm",
     "register_pgn",
     "unregister_pgn",

@@ -13,21 +13,27 @@ from typing import Any
 from gn_practical import training
 
 # isort: split
+from detectron2.engine import HookBase
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from gn_classification import (
+    AverageWeights,
     ClassificationEvaluator,
     add_classification_config,
     build_test_loader,
     build_train_loader,
     check_config,
     complete_config,
+    export_backbone,
     open_datasets,
 )
+from gn_classification.averaging import plain
 
 from gn_practical.training import engine
 from gn_practical.training.checkpoint import GroupsCheckpointer
 from gn_practical.training.config import RunConfig, load_cfg
+from gn_practical.training.evaluation import write_results
 
 _EPILOG = """
 Examples, in projects/classification:
@@ -47,8 +53,11 @@ Examples, in projects/classification:
         CLASSIFICATION.IMAGE_FOLDERS '[("my", "my")]' CLASSIFICATION.NUM_CLASSES 0 \\
         DATASETS.TRAIN '("my_train",)' DATASETS.TEST '("my_val",)'
 
+  A backbone for the detectors, on 8 GPUs; MODEL.WEIGHTS output/.../backbone.pth takes it there:
+    python train_net.py --config-file configs/resnet50_imagenet_pgn.yaml --num-gpus 8
+
 Results go to OUTPUT_DIR: results.json (errors in percent), metrics.json, curves.png,
-num_groups.json, checkpoints and TensorBoard's events.
+num_groups.json, checkpoints, TensorBoard's events, and backbone.pth of Detectron2's ResNets.
 """
 
 
@@ -61,6 +70,39 @@ class Trainer(training.Trainer):
 
     build_train_loader = staticmethod(build_train_loader)
     build_test_loader = staticmethod(build_test_loader)
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Return the package's hooks, and the average of the weights where it is asked for."""
+        built, decay = super().build_hooks(), self.cfg.CLASSIFICATION.EMA_DECAY
+        self.average = None
+        if decay:
+            averaging = AverageWeights(self.model, decay)
+            self.average = averaging.average
+            self.checkpointer.add_checkpointable("ema", self.average)
+            last = max(i for i, hook in enumerate(built) if isinstance(hook, EvalHook))
+            evaluation = EvalHook(self.cfg.TEST.EVAL_PERIOD, self._test_average)
+            built = [averaging, *built[: last + 1], evaluation, *built[last + 1 :]]
+        return built
+
+    def train(self) -> dict[str, Any] | None:
+        """Train, and write the backbone for detectors beside the last checkpoint."""
+        results = super().train()
+        detectors = self.cfg.MODEL.BACKBONE.NAME == "build_detectron2_resnet_backbone"
+        if comm.is_main_process() and detectors:
+            path = os.path.join(self.cfg.OUTPUT_DIR, "backbone{}.pth")
+            export_backbone(plain(self.model), self.cfg, path.format(""))
+            if self.average is not None:
+                export_backbone(self.average.module, self.cfg, path.format("_ema"))
+        return results
+
+    def _test_average(self) -> dict[str, Any]:
+        """Evaluate the average, as tasks named "..._ema" beside the weights' in results.json."""
+        averaged = self._test(self.cfg, self.average.module, None)
+        averaged = {f"{task}_ema": values for task, values in averaged.items()}
+        if comm.is_main_process() and averaged:
+            results = {**(self._last_eval_results or {}), **averaged}
+            write_results(results, os.path.join(self.cfg.OUTPUT_DIR, "results.json"))
+        return averaged
 
     @classmethod
     def build_evaluator(

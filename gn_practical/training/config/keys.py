@@ -31,6 +31,10 @@ def add_training_config(cfg: CfgNode) -> None:
     # Precision under SOLVER.AMP.ENABLED: "float16" (CUDA, with loss scaling) or "bfloat16"
     # (CUDA and CPU, without).
     cfg.SOLVER.AMP.DTYPE = "float16"
+    # Parts of SOLVER.IMS_PER_BATCH, the batch of an optimizer step, that run one after another and
+    # add up their gradients, for a GPU that does not hold a whole one. An iteration stays an
+    # optimizer step. For SOLVER.REFERENCE_WORLD_SIZE a part counts as a GPU. docs/pretraining.md.
+    cfg.SOLVER.ACCUMULATE_STEPS = 1
     # Iterations between two measurements of the gradient variance ratios of every group norm's
     # unit block, logged while training as isometry/{A,B,C,K}/<layer>; 0 for none. docs/audit.md.
     cfg.SOLVER.AUDIT_PERIOD = 0

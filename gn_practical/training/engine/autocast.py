@@ -9,6 +9,7 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from gn_practical.training.engine.accumulation import backward_in_parts
 from gn_practical.training.engine.bad_steps import (
     BadSteps,
     describe_step,
@@ -33,6 +34,8 @@ class AutocastTrainer(SimpleTrainer):
         optimizer: of the model's parameters.
         dtype: "float16" or "bfloat16"; None for the precision of the parameters.
         bad_steps: what becomes of them; by default the first one is an error.
+        accumulate_steps: parts of a batch that run one after another, see
+            :func:`~gn_practical.training.engine.accumulation.backward_in_parts`.
     """
 
     def __init__(
@@ -42,12 +45,14 @@ class AutocastTrainer(SimpleTrainer):
         optimizer: torch.optim.Optimizer,
         dtype: str | None = None,
         bad_steps: BadSteps | None = None,
+        accumulate_steps: int = 1,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
         self.device = next(model.parameters()).device.type
         self.dtype = DTYPES[dtype] if dtype else None
         self.grad_scaler = torch.amp.GradScaler(self.device, enabled=self.dtype is torch.float16)
         self.bad_steps = bad_steps or BadSteps()
+        self.accumulate_steps = accumulate_steps
         self._batches: Iterator[Any] | None = None  # made when the first step asks
         self._statistics = _running_statistics(model) if self.bad_steps.max_skipped else []
         self._statistics_before = [statistic.clone() for statistic in self._statistics]
@@ -60,19 +65,25 @@ class AutocastTrainer(SimpleTrainer):
         data = next(self._batches)
         data_time = time.perf_counter() - start
         _copy(self._statistics, self._statistics_before)
-        with torch.autocast(self.device, self.dtype, enabled=self.dtype is not None):
-            loss_dict = self.model(data)
-            loss = sum(loss_dict.values())
         self.optimizer.zero_grad()
-        # The factor is 1, or NaN where the loss is not finite: then the gradients are NaN too,
-        # on every rank once they are averaged, and no rank needs to be told.
-        self.grad_scaler.scale(loss * (1 + 0 * loss.detach())).backward()
+        loss_dict = backward_in_parts(
+            self.model, data, self.accumulate_steps, self._losses, self._backward
+        )
         self.after_backward()
         if gradients_are_finite(self.optimizer) or not self._is_bad(loss_dict, data):
             self.write_metrics(loss_dict, data_time, self.iter)
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         self._write_counts()
+
+    def _losses(self, data: Any) -> dict[str, Tensor]:
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype is not None):
+            return self.model(data)
+
+    def _backward(self, loss: Tensor) -> None:
+        # The factor is 1, or NaN where the loss is not finite: then the gradients are NaN too,
+        # on every rank once they are averaged, and no rank needs to be told.
+        self.grad_scaler.scale(loss * (1 + 0 * loss.detach())).backward()
 
     def reset_data_loader(self, data_loader_builder: Callable[[], Iterable[Any]]) -> None:
         """Replace the data loader, and end the workers of the one before."""

@@ -27,6 +27,7 @@ from gn_practical.training.data.loader import build_train_loader
 from gn_practical.training.data.seeding import run_seed
 from gn_practical.training.detectron2_internals import bound_histories
 from gn_practical.training.engine import hooks
+from gn_practical.training.engine.accumulation import check_accumulation, scaling_world_size
 from gn_practical.training.engine.autocast import AutocastTrainer
 from gn_practical.training.engine.bad_steps import BadSteps
 from gn_practical.training.engine.checks import check_model
@@ -58,7 +59,8 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         if isinstance(cfg, RunConfig):
             cfg.forget_reads()
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = self.auto_scale_workers(cfg, scaling_world_size(cfg))
+        check_accumulation(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
@@ -66,7 +68,8 @@ class Trainer(DefaultTrainer):
         model = create_ddp_model(model, broadcast_buffers=False, **device_ids)
         dtype = cfg.SOLVER.AMP.DTYPE if cfg.SOLVER.AMP.ENABLED else None
         bad_steps = BadSteps(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_SKIPPED_STEPS)
-        self._trainer = AutocastTrainer(model, data_loader, optimizer, dtype, bad_steps)
+        steps = cfg.SOLVER.ACCUMULATE_STEPS
+        self._trainer = AutocastTrainer(model, data_loader, optimizer, dtype, bad_steps, steps)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.state = TrainingState(run_seed(cfg), data_loader)
         self.checkpointer = GroupsCheckpointer(

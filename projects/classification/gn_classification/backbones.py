@@ -1,4 +1,4 @@
-"""What comes before a classifier's last layer: an MLP, the ResNets for CIFAR, torchvision's."""
+"""What comes before a classifier's last layer: an MLP, and ResNets of three kinds."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torchvision
 from detectron2.config import CfgNode
 from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from detectron2.modeling.backbone.resnet import BasicBlock, ResNet
+from detectron2.modeling.backbone.resnet import BasicBlock, ResNet, build_resnet_backbone
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 
@@ -167,10 +167,43 @@ def build_cifar_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
             )
         )
         in_channels = channels
-    for block in (block for stage in stages for block in stage):
-        if block.conv2.norm is not None:
-            nn.init.zeros_(block.conv2.norm.weight)
-    return ResNet(CifarStem(input_shape.channels, 16, norm), stages)
+    resnet = ResNet(CifarStem(input_shape.channels, 16, norm), stages)
+    zero_last_norms(resnet)
+    return resnet
+
+
+@BACKBONE_REGISTRY.register()
+def build_detectron2_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
+    """Build the ResNet of ``MODEL.RESNETS`` as Detectron2's detectors have it, with nothing frozen.
+
+    Its weights are theirs, name by name: see :mod:`gn_classification.export`. The norm is
+    ``CLASSIFICATION.NORM``; the last one of each block begins at zero with
+    ``CLASSIFICATION.ZERO_INIT_RESIDUAL``.
+
+    Args:
+        cfg: config with the keys of :func:`add_classification_config`.
+        input_shape: channels of the images.
+    """
+    own = cfg.clone()
+    own.defrost()
+    own.MODEL.RESNETS.NORM, own.MODEL.RESNETS.OUT_FEATURES = _norm(cfg), ["res5"]
+    own.MODEL.BACKBONE.FREEZE_AT = 0
+    resnet = build_resnet_backbone(own, input_shape)
+    if cfg.CLASSIFICATION.ZERO_INIT_RESIDUAL:
+        zero_last_norms(resnet)
+    return resnet
+
+
+def zero_last_norms(resnet: ResNet) -> None:
+    """Set the scale of the last norm of each residual block to zero: the block is an identity.
+
+    Args:
+        resnet: of Detectron2's blocks.
+    """
+    for block in (block for stage in resnet.stages for block in stage):
+        last = getattr(block, "conv3", block.conv2).norm
+        if last is not None:
+            nn.init.zeros_(last.weight)
 
 
 @BACKBONE_REGISTRY.register()

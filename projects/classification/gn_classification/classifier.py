@@ -29,6 +29,13 @@ class Batch:
         """Name the images, as a batch of Detectron2's does."""
         return ({"image_id": index} for index in self.indices.tolist())
 
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, part: slice) -> "Batch":
+        """Return a part of the batch."""
+        return Batch(self.images[part], self.labels[part], self.indices[part])
+
 
 @META_ARCH_REGISTRY.register()
 class ImageClassifier(nn.Module):
@@ -37,8 +44,8 @@ class ImageClassifier(nn.Module):
     Any backbone of Detectron2's registry will do; the last of its features is taken.
 
     Args:
-        cfg: config with ``CLASSIFICATION``, ``MODEL.BACKBONE.NAME``, ``MODEL.PIXEL_MEAN`` and
-            ``MODEL.PIXEL_STD``.
+        cfg: config with ``CLASSIFICATION``, ``MODEL.BACKBONE.NAME``, ``INPUT.FORMAT``, and
+            ``MODEL.PIXEL_MEAN`` and ``MODEL.PIXEL_STD`` in its order.
 
     Shape:
         - Input: a :class:`Batch` of N images.
@@ -76,6 +83,7 @@ class ImageClassifier(nn.Module):
         mean, std = (torch.tensor(cfg.MODEL[key]) for key in ("PIXEL_MEAN", "PIXEL_STD"))
         self.register_buffer("pixel_mean", mean.view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", std.view(-1, 1, 1), persistent=False)
+        self.swap = cfg.INPUT.FORMAT == "BGR" and len(mean) == 3  # images are read as RGB
         self.backbone = build_backbone(cfg)
         self.feature, shape = list(self.backbone.output_shape().items())[-1]
         self.classifier = nn.Linear(shape.channels, num_classes)
@@ -84,6 +92,7 @@ class ImageClassifier(nn.Module):
         """Return the loss while training, logits otherwise."""
         device = self.pixel_mean.device
         images = batch.images.to(device, non_blocking=True)
+        images = images.flip(1) if self.swap else images
         features = self.backbone((images - self.pixel_mean) / self.pixel_std)[self.feature]
         if features.dim() == 4:
             features = features.mean((2, 3))

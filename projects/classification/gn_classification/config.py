@@ -23,8 +23,12 @@ def add_classification_config(cfg: CfgNode) -> None:
     # The norm of the model: "PGN", "GN" (of MODEL.PGN.NUM_GROUPS groups), "LN" (one group), "IN"
     # (a group a channel), "BN", or what else get_norm knows; "" for none.
     own.NORM = "PGN"
-    # Layers of the ResNet: 6n + 2 of those for CIFAR, or 18 to 152 of torchvision's.
+    # Layers of the ResNet: 6n + 2 of those for CIFAR, or 18 to 152 of torchvision's. Detectron2's
+    # have MODEL.RESNETS.DEPTH.
     own.DEPTH = 56
+    # Begin with the last norm of each block of Detectron2's ResNets at zero, which makes the block
+    # an identity; the other ResNets always do.
+    own.ZERO_INIT_RESIDUAL = True
     # Units of the MLP's hidden layer.
     own.HIDDEN = 512
     # Height and width to which images are brought.
@@ -45,6 +49,9 @@ def add_classification_config(cfg: CfgNode) -> None:
     own.EPOCHS = 0
     # Where the learning rate falls by SOLVER.GAMMA, as shares of the schedule, in place of STEPS.
     own.STEP_FRACTIONS = ()
+    # Keep a moving average of the weights, of which this share stays in each step (0.9999); it is
+    # saved, evaluated as "classification_ema" and exported as backbone_ema.pth. 0: none.
+    own.EMA_DECAY = 0.0
     # SOLVER.BASE_LR is meant for a batch of this size and scaled in proportion to the batch; 0: it
     # is taken as it is.
     own.REFERENCE_BATCH = 0
@@ -86,6 +93,11 @@ def check_config(cfg: CfgNode, eval_only: bool = False) -> None:
         raise ValueError(
             "CLASSIFICATION.STEP_FRACTIONS must be numbers from 0 to 1, got "
             f"CLASSIFICATION.STEP_FRACTIONS={tuple(own.STEP_FRACTIONS)}. Correct them."
+        )
+    if not 0 <= own.EMA_DECAY < 1:
+        raise ValueError(
+            "CLASSIFICATION.EMA_DECAY must be from 0 to below 1, got CLASSIFICATION.EMA_DECAY="
+            f"{own.EMA_DECAY}. Take 0.9999 on ImageNet, or 0 for none."
         )
     if own.EPOCHS and "SOLVER.MAX_ITER" in getattr(cfg, "overridden", ()):
         raise ValueError(

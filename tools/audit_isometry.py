@@ -58,7 +58,7 @@ def parse_args() -> argparse.Namespace:
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     # After parsing: importing Detectron2 takes seconds, and --help should not.
-    from gn_practical.training.config.overrides import split_overrides
+    from gn_practical.training.config.node import split_overrides
 
     args.groups, swallowed = split_overrides(args.groups)
     args.opts = swallowed + args.opts

@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
     args = parser.parse_args()
     # After parsing: importing Detectron2 takes seconds, and --help should not.
-    from gn_practical.training.config.overrides import split_overrides
+    from gn_practical.training.config.node import split_overrides
 
     args.groups, swallowed = split_overrides(args.groups)
     args.opts = swallowed + args.opts

@@ -16,12 +16,8 @@ Row = dict[str, object]
 def format_rows(rows: Sequence[Row], style: str = "text", width: int = 0) -> str:
     """Render rows as "text", "md" (markdown), "csv" or "json".
 
-    Args:
-        rows: dicts with the same keys.
-        style: one of the four.
-        width: characters that a line of text may have, 0 for any number: numbers have three
-            digits then, titles break at spaces, and the first column loses the beginning of what
-            is too long.
+    Where text has a ``width`` in characters, numbers have three digits, titles break at spaces,
+    and the first column loses the beginning of what is too long.
 
     Example:
         >>> print(format_rows([{"G": 1, "K": 0.53125}], "csv"), end="")

@@ -26,14 +26,8 @@ _COLOURS = ("C0", "C3", "C2", "C4", "C1", "C5")
 def save_audit(rows: Sequence[BlockAudit], folder: str | Path, about: dict[str, Any]) -> str:
     """Write audit.txt, audit.json, audit.csv and audit.png; return the text of the table.
 
-    Args:
-        rows: from :func:`~gn_practical.analysis.audit.audit_isometry`.
-        folder: made if it is not there.
-        about: what was run (config_file, weights, batches, seed), kept in the JSON; the first two
-            name the picture.
-
-    Example:
-        >>> save_audit(rows, "output/audit", {"seed": 0})  # doctest: +SKIP
+    ``about`` says what was run (config_file, weights, batches, seed) and is kept in the JSON; the
+    first two name the picture.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,11 +46,7 @@ def save_audit(rows: Sequence[BlockAudit], folder: str | Path, about: dict[str, 
 
 
 def format_audit(rows: Sequence[BlockAudit]) -> str:
-    """Format a table for each choice of groups, and one of how far K is from 1.
-
-    Example:
-        >>> print(format_audit(rows))  # doctest: +SKIP
-    """
+    """Format a table for each choice of groups, and one of how far K is from 1."""
     parts = []
     for choice, blocks in _by_choice(rows).items():
         table = [{t: getattr(b, name) for t, name in _COLUMNS.items()} for b in blocks]
@@ -88,9 +78,6 @@ def plot_audit(rows: Sequence[BlockAudit], path: str | Path, title: str = "") ->
 
     Blocks stand in the order of the forward pass. The lines of the running products follow the
     longest path; blocks beside it (shortcuts, FPN levels, other heads) are dots.
-
-    Example:
-        >>> plot_audit(rows, "audit.png")  # doctest: +SKIP
     """
     choices = _by_choice(rows)
     layers = [b.layer for b in next(iter(choices.values()))]

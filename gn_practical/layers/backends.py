@@ -46,11 +46,8 @@ def kernels_run(x: Tensor, agree: Callable[[torch.device], bool]) -> bool:
 def agrees(compare: Callable[[torch.device], float], device: torch.device) -> bool:
     """Whether kernels run on a device and agree with PyTorch there, tried once.
 
-    A driver, a Triton or a GPU that breaks them costs speed and a warning, not the run.
-
-    Args:
-        compare: returns their largest relative difference on a device.
-        device: where.
+    A driver, a Triton or a GPU that breaks them costs speed and a warning, not the run. ``compare``
+    returns their largest relative difference on a device.
     """
     if device.type == "cuda" and backend(device) != KERNELS:
         return False

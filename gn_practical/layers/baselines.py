@@ -57,11 +57,6 @@ class SwitchNorm(nn.InstanceNorm2d):
     their code takes the unbiased one of each instance; and the paper's inference by averages over
     several batches of a frozen network is not provided.
 
-    Args:
-        num_features: C.
-        eps: added to the variance under the root.
-        momentum: share of the new batch in the moving averages.
-
     Shape:
         - Input and output: (N, C, *)
 
@@ -132,10 +127,6 @@ class FilterResponseNorm(nn.InstanceNorm2d):
     Differences from the paper: eps is fixed at its 1e-6 for all layers; where a channel holds one
     value, for which the paper learns eps, the layer refuses to run. Where the TLU stands in
     residual blocks is our choice: the paper says only that FRN and TLU replace norm and ReLU.
-
-    Args:
-        num_features: C.
-        eps: added to ν² under the root.
 
     Shape:
         - Input and output: (N, C, *)

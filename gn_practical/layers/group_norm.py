@@ -50,10 +50,7 @@ class PracticalGroupNorm(FusedGroupNorm):
 
     Args:
         num_channels: C, channels of the input, and ``out_channels`` of the layer that feeds it.
-        eps: added to the variance under the root.
-        affine: learn a scale and a shift for each channel.
-        device: of the parameters.
-        dtype: of the parameters.
+        eps, affine, device, dtype: as those of ``nn.GroupNorm``.
 
     Shape:
         - Input and output: (N, C, *)
@@ -87,11 +84,7 @@ class PracticalGroupNorm(FusedGroupNorm):
 
     @torch.jit.unused
     def bind(self, in_channels: int, num_groups: int) -> None:
-        """Set the groups in place.
-
-        Args:
-            in_channels: input channels of the weight layer that feeds this norm.
-            num_groups: G, a divisor of ``num_channels``.
+        """Set the input channels of the weight layer that feeds this norm, and G, in place.
 
         Raises:
             ValueError: for anything that is no positive integer, or groups that do not divide.
@@ -130,15 +123,11 @@ def _run(
 
 
 def refuse_single_values(input: Tensor, what: str, allow: bool) -> None:
-    """Refuse an input with one value a channel, for norms of each channel by itself.
-
-    Args:
-        input: of shape (N, C, *).
-        what: has such groups, for the message.
-        allow: warn in place of an error.
+    """Refuse an input (N, C, *) with one value a channel, for norms of each channel by itself.
 
     Raises:
-        ValueError: if there is one value a channel and sample.
+        ValueError: if there is one; it names ``what`` has such groups, and ``allow`` makes it a
+            warning.
     """
     if input.numel() != input.shape[0] * input.shape[1] or not input.numel():
         return

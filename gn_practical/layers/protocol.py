@@ -15,10 +15,7 @@ from torch import Tensor, nn
 class BindableNorm(Protocol):
     """A norm whose groups follow from the layer that feeds it, as ``bind_group_norms`` sets them.
 
-    Attributes:
-        num_channels: C.
-        num_groups: G; 0 while unbound.
-        in_channels: of the weight layer that feeds it; None while unbound.
+    While it is unbound ``num_groups`` is 0, and ``in_channels``, of that layer, None.
     """
 
     num_channels: int

@@ -112,11 +112,8 @@ def remember(
 ) -> None:
     """Have ``y`` computed again instead of stored, where memory mode is on.
 
-    Args:
-        y: an output whose inputs autograd stores anyway.
-        function: returns ``y``, to the last bit, from ``inputs``.
-        inputs: tensors, or None.
-        writes: how often ``y`` will still be written to in place before it is what it shall be.
+    ``function`` returns it, to the last bit, from ``inputs``, which autograd stores anyway, once it
+    has been written to in place ``writes`` times more.
     """
     if _state.outputs is None or not any(t.requires_grad for t in inputs if t is not None):
         return

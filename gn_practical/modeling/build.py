@@ -23,12 +23,9 @@ def build_model(cfg: CfgNode) -> nn.Module:
 
     Logs the table of the groups.
 
-    Args:
-        cfg: a Detectron2 config with the keys of :func:`gn_practical.add_pgn_config`.
-
     Raises:
-        ValueError: if the config lacks these keys, or as :func:`bind_group_norms` and
-            :func:`convert_to_ws`.
+        ValueError: if the config lacks the keys of :func:`gn_practical.add_pgn_config`, or as
+            :func:`bind_group_norms` and :func:`convert_to_ws`.
 
     Example:
         >>> from detectron2 import model_zoo

@@ -14,14 +14,8 @@ def convert_to_ws(model: nn.Module, exclude: Sequence[str] = ()) -> list[str]:
     """Turn every convolution that a norm follows into a :class:`WSConv2d`, in place.
 
     Modules and parameters stay the same objects, so optimizers, hooks and frozen stages see no
-    difference; a second call changes nothing.
-
-    Args:
-        model: any module.
-        exclude: shell-style patterns on the paths of convolutions that keep plain weights.
-
-    Returns:
-        Paths of the convolutions that are standardized, in the order of the model.
+    difference; a second call changes nothing. Convolutions whose paths match a shell-style pattern
+    of ``exclude`` keep plain weights. Returns the paths of the others, in the order of the model.
 
     Raises:
         ValueError: if a pattern matches nothing, or a layer that a norm follows cannot be

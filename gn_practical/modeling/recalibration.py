@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gn_practical.layers.protocol import norm_channels, norm_groups
+from gn_practical.modeling.binding import some
 
 _TINY = 1e-6  # standard deviation of a normalized channel that does not vary
 
@@ -119,7 +120,7 @@ def _norms(model: nn.Module) -> dict[str, nn.Module]:
     if plain or not norms:
         raise ValueError(
             "a model to recalibrate must have group norms with scale and shift, got "
-            f"{_some(plain) if plain else 'none'} in {type(model).__name__}. Give the part of the "
+            f"{some(plain)} in {type(model).__name__}. Give the part of the "
             "model that has them."
         )
     return norms
@@ -136,7 +137,7 @@ def _counterparts(norms: dict[str, nn.Module], reference: nn.Module) -> dict[str
     if wrong:
         raise ValueError(
             "the reference must be another model with a norm of the same channels at each path, "
-            f"got {type(reference).__name__} without one at {_some(wrong)}. Copy the model before "
+            f"got {type(reference).__name__} without one at {some(wrong)}. Copy the model before "
             "its norms are changed, copy.deepcopy(model), or build it with its former norms."
         )
     return formers
@@ -149,13 +150,9 @@ def _require_all(
     if idle:
         raise ValueError(
             f"every norm must run on the batches, got {len(idle)} of {len(norms)} that do not: "
-            f"{_some(idle)}. Give more batches, or the part of the model that runs: "
+            f"{some(idle)}. Give more batches, or the part of the model that runs: "
             "recalibrate_norms(model.backbone, images, before.backbone)."
         )
-
-
-def _some(paths: list[str], most: int = 8) -> str:
-    return ", ".join(paths[:most]) + (" ..." if len(paths) > most else "")
 
 
 @contextmanager
@@ -172,13 +169,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _moments(
     model: nn.Module, norms: dict[str, nn.Module], batches: list[Any], last: str = ""
 ) -> dict[str, Moments]:
-    """Return the moments of what norms return, in the order in which they run.
+    """Return the moments of what norms return, by path, in the order in which they run.
 
-    Args:
-        model: is run on the batches, and each batch is left where the norm ``last`` has run.
-        norms: by path.
-        batches: as for :func:`recalibrate_norms`.
-        last: path of a norm that runs once in a forward pass.
+    Each batch is left where the norm ``last``, which runs once in a forward pass, has run.
     """
     found: dict[str, Moments] = {}
 

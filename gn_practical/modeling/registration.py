@@ -40,10 +40,6 @@ def register_norm(name: str, factory: NormFactory) -> None:
     The norm is bound, standardized before and fused as ours are, as far as it has what
     :mod:`gn_practical.layers.protocol` says; nothing else is needed.
 
-    Args:
-        name: as a config's ``NORM`` keys will say it.
-        factory: makes the norm of a number of channels.
-
     Raises:
         ValueError: if the name is empty or another norm has it.
 

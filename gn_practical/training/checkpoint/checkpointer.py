@@ -41,12 +41,9 @@ class GroupsCheckpointer(DetectionCheckpointer):
     warning for weights to fine-tune. What was filled of the model is said in one line.
 
     Args:
-        model: the model.
-        save_dir: ``OUTPUT_DIR``.
-        cfg: its config, which its checkpoints describe, and what they are compared with.
+        cfg: the model's config, which its checkpoints describe, and what they are compared with.
         evaluation: weights are loaded to be evaluated: all must fit.
         keep_last: how many periodic checkpoints to keep; 0 for all.
-        checkpointables: what else has a state, by name, as Detectron2's.
 
     Example:
         >>> import tempfile
@@ -159,10 +156,6 @@ class GroupsCheckpointer(DetectionCheckpointer):
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load weights of any source that :func:`gn_practical.weights.read_weights` reads.
-
-        Args:
-            path: a file or an address; empty for none.
-            checkpointables: what else to take from the file, by name; None for all of it.
 
         Raises:
             ValueError: if the file is no whole file of weights, or fills too little of the model;

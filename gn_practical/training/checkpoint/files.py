@@ -118,10 +118,8 @@ def newest_whole(folder: str) -> tuple[str, dict[str, str]]:
     """Find the checkpoint to resume from.
 
     It is the one that ``last_checkpoint`` names; where that file or its checkpoint is missing or
-    damaged, the whole one of most iterations.
-
-    Returns:
-        Its path, empty if there is none; and {path: what is wrong} of those that were passed over.
+    damaged, the whole one of most iterations. Returns its path, empty if there is none, and
+    {path: what is wrong} of those that were passed over.
     """
     damaged: dict[str, str] = {}
     named = _named_last(folder, damaged)
@@ -141,12 +139,8 @@ def remove_old(newest: str, keep: int) -> None:
     """Remove the periodic checkpoints before the ``keep`` newest.
 
     Periodic ones are ``model_0000123.pth``; none else is touched, neither ``model_final`` nor
-    ``model_best`` nor what is newer, of another run. Nothing is removed unless ``newest`` reads
-    back whole.
-
-    Args:
-        newest: path of the checkpoint just written.
-        keep: how many stay; 0 for all.
+    ``model_best`` nor what is newer, of another run. Nothing is removed unless ``newest``, the path
+    of the one just written, reads back whole, nor where ``keep`` is 0.
     """
     current = Path(newest)
     if not keep or not _PERIODIC.fullmatch(current.name):

@@ -22,18 +22,11 @@ _details = logging.getLogger("detectron2.checkpoint")
 
 @dataclass(frozen=True)
 class Purpose:
-    """What weights are loaded for.
+    """What weights are loaded for; what is not as it was trained is an error but for training."""
 
-    Attributes:
-        name: "resuming", "evaluation" or "training": what is not as it was trained is an error for
-            the first two.
-        min_share: of the backbone's values that a file must fill for training.
-        allow_differences: take as a warning what is an error for an evaluation.
-    """
-
-    name: str = "training"
-    min_share: float = MIN_SHARE
-    allow_differences: bool = False
+    name: str = "training"  # or "resuming", "evaluation"
+    min_share: float = MIN_SHARE  # of the backbone's values that a file must fill for training
+    allow_differences: bool = False  # take as a warning what is an error for an evaluation
 
 
 # What to do about weights that a model cannot take as they are.
@@ -66,14 +59,8 @@ def check_loaded(
 ) -> None:
     """Say in one line what weights have filled; compare what they were trained with.
 
-    Args:
-        path: of the weights.
-        weights: as they were read.
-        placed: what the model was given of them.
-        model: the model, which has taken them.
-        incompatible: what ``load_state_dict`` returned.
-        present: what the model is.
-        purpose: what they are loaded for.
+    The model, which is ``present``, was given ``placed`` of them; its ``load_state_dict`` returned
+    ``incompatible``.
 
     Raises:
         ValueError: if they fill less of the backbone than ``min_share``; but for training, if they

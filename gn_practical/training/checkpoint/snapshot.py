@@ -43,15 +43,10 @@ class Snapshot:
         self._streams: list[torch.cuda.Stream] = []
 
     def take(self, state: Any, later: Iterable[Tensor] = ()) -> Any:
-        """Copy a state; the copy before is overwritten.
+        """Return a copy, to be read after :meth:`complete`; the copy before is overwritten.
 
-        Args:
-            state: tensors and plain containers.
-            later: tensors of it that :meth:`complete` copies: until then they must stay as they
-                are. All others may change at once.
-
-        Returns:
-            The copy, to be read after :meth:`complete`.
+        Tensors in ``later`` are copied by :meth:`complete` and must stay as they are until then.
+        All others may change at once.
 
         Raises:
             ValueError: if it holds anything that a checkpoint could not be safely read with.

@@ -10,9 +10,6 @@ from gn_practical.training.config.node import look_up
 def add_training_config(cfg: CfgNode) -> None:
     """Add the keys of the trainer, with their defaults, to a Detectron2 config in place.
 
-    Args:
-        cfg: a config as ``detectron2.config.get_cfg()`` returns it.
-
     Example:
         >>> from detectron2.config import get_cfg
         >>> cfg = get_cfg()
@@ -73,11 +70,7 @@ COUNTS = (
 
 
 def check_counts(cfg: CfgNode, keys: Iterable[str] = COUNTS, least: int = 0) -> None:
-    """Check integers of our own; the values of Detectron2's keys are Detectron2's business.
-
-    Raises:
-        ValueError: for the first one that is too small.
-    """
+    """Raise a ValueError for the first integer of our own that is too small."""
     for key in keys:
         value = look_up(cfg, key)
         if value is not None and value < least:

@@ -9,8 +9,6 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
-from gn_practical.training.config.overrides import override_pairs
-
 _PYTHON_TAG = "tag:yaml.org,2002:python/"
 # Part of the installed code, and trusted as it is: RetinaNet's base computes its anchors by a tag.
 _INSTALLED_CONFIGS = os.path.realpath(os.path.join(os.path.dirname(model_zoo.__file__), "configs"))
@@ -107,6 +105,32 @@ def look_up(cfg: CfgNode, key: str) -> Any:
     for part in key.split("."):
         cfg = dict.get(cfg, part) if isinstance(cfg, CfgNode) else None
     return cfg
+
+
+def override_pairs(opts: Sequence[Any]) -> dict[Any, Any]:
+    """Return {KEY: VALUE} of words in turn; a ValueError if a key or value is left over.
+
+    Example:
+        >>> override_pairs(["SEED", "1"])
+        {'SEED': '1'}
+    """
+    if len(opts) % 2:
+        raise ValueError(
+            f"overrides must be pairs of KEY VALUE, got {len(opts)} words ending in {opts[-1]!r}. "
+            "Quote values that hold spaces."
+        )
+    return dict(zip(opts[::2], opts[1::2], strict=True))
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part an option's words from the overrides behind it, which begin with a word in capitals.
+
+    Example:
+        >>> split_overrides(["exact", "32", "SEED", "1"])
+        (['exact', '32'], ['SEED', '1'])
+    """
+    first = next((index for index, word in enumerate(words) if word.isupper()), len(words))
+    return list(words[:first]), list(words[first:])
 
 
 def _is_installed(filename: str) -> bool:

@@ -51,11 +51,7 @@ def backward_in_parts(
 
 
 def split_batch(data: Sequence[Any], parts: int) -> Iterator[Sequence[Any]]:
-    """Return equal slices of a batch, in order.
-
-    Args:
-        data: has a length and slices: a list of samples, or a batch of tensors that has both.
-        parts: how many.
+    """Return equal slices of a batch, in order: of a list, or whatever has length and slices.
 
     Raises:
         ValueError: for a number of samples that is no multiple of ``parts``.
@@ -85,9 +81,6 @@ def scaling_world_size(cfg: CfgNode) -> int:
     So one GPU with ``SOLVER.ACCUMULATE_STEPS`` 8 trains a recipe for 8 GPUs as they do, with its
     batch, learning rate and iterations.
 
-    Args:
-        cfg: a config, before it is scaled.
-
     Raises:
         ValueError: if there is not at least one part.
     """
@@ -101,14 +94,7 @@ def scaling_world_size(cfg: CfgNode) -> int:
 
 
 def check_accumulation(cfg: CfgNode) -> None:
-    """Check that each rank's batch has equal parts.
-
-    Args:
-        cfg: a config, scaled to the ranks.
-
-    Raises:
-        ValueError: with what to do.
-    """
+    """Raise a ValueError, with what to do, unless each rank's batch, scaled, has equal parts."""
     parts = scaling_world_size(cfg)
     if cfg.SOLVER.IMS_PER_BATCH % parts:
         raise ValueError(

@@ -29,9 +29,7 @@ class AutocastTrainer(SimpleTrainer):
     a bad step no weight, momentum or running statistic stays.
 
     Args:
-        model: returns a dict of losses.
-        data_loader: infinite, as ``build_detection_train_loader`` makes it.
-        optimizer: of the model's parameters.
+        model: returns a dict of losses; ``data_loader`` is infinite.
         dtype: "float16" or "bfloat16"; None for the precision of the parameters.
         bad_steps: what becomes of them; by default the first one is an error.
         accumulate_steps: parts of a batch that run one after another, see

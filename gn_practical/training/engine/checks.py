@@ -24,10 +24,8 @@ _logger = logging.getLogger(__name__)
 def check_run(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -> None:
     """Check a config against the machine and the files, before anything is built.
 
-    Args:
-        cfg: the config.
-        eval_only: check what an evaluation needs alone.
-        resume: a checkpoint in ``OUTPUT_DIR`` will be taken in place of ``MODEL.WEIGHTS``.
+    With ``eval_only`` what an evaluation needs alone; with ``resume`` a checkpoint in
+    ``OUTPUT_DIR`` will be taken in place of ``MODEL.WEIGHTS``.
 
     Raises:
         ValueError: with the key, its value and what to do.
@@ -80,17 +78,12 @@ def _faults(cfg: CfgNode, eval_only: bool, resume: bool) -> Iterator[tuple[str, 
     model, test, amp = cfg.MODEL, cfg.TEST, cfg.SOLVER.AMP
     name, on_cuda = model.META_ARCHITECTURE, model.DEVICE.startswith("cuda")
     if on_cuda and not torch.cuda.is_available():
-        yield (
-            *("MODEL.DEVICE", "a device of this machine"),
-            ", and PyTorch finds no CUDA GPU. Add MODEL.DEVICE cpu, or install a PyTorch that fits "
-            "the driver.",
-        )
+        then = ", and PyTorch finds no CUDA GPU. Add MODEL.DEVICE cpu, or install a PyTorch "
+        yield "MODEL.DEVICE", "a device of this machine", then + "that fits the driver."
     if name == "PanopticFPN" and model.PANOPTIC_FPN.COMBINE.ENABLED and not model.MASK_ON:
-        yield (
-            *("MODEL.MASK_ON", "True for a PanopticFPN"),
-            ": its segments are its masks. Add MODEL.MASK_ON True, or "
-            "MODEL.PANOPTIC_FPN.COMBINE.ENABLED False.",
-        )
+        be = "True for a PanopticFPN, whose segments are its masks"
+        then = ". Add MODEL.MASK_ON True, or MODEL.PANOPTIC_FPN.COMBINE.ENABLED False."
+        yield "MODEL.MASK_ON", be, then
     if test.AUG.ENABLED and name != "GeneralizedRCNN":
         then = f" for a {name}. Add TEST.AUG.ENABLED False."
         yield "TEST.AUG.ENABLED", "False but for a GeneralizedRCNN", then
@@ -102,11 +95,8 @@ def _faults(cfg: CfgNode, eval_only: bool, resume: bool) -> Iterator[tuple[str, 
     is_missing = model.WEIGHTS and not url.scheme and not os.path.isfile(url.path)
     # Asked last, for it reads a whole checkpoint, on every rank, as the checkpointer will again.
     if is_missing and not (resume and newest_whole(cfg.OUTPUT_DIR)[0]):
-        yield (
-            *("MODEL.WEIGHTS", "a file, a URL or empty"),
-            ', which does not exist. Correct the path, or add MODEL.WEIGHTS "" to start from '
-            "scratch.",
-        )
+        then = ', which does not exist. Correct it, or add MODEL.WEIGHTS "" to start from scratch.'
+        yield "MODEL.WEIGHTS", "a file, a URL or empty", then
     if amp.DTYPE not in DTYPES and not eval_only:
         yield "SOLVER.AMP.DTYPE", f"one of {', '.join(DTYPES)}", ". Correct the value."
     if amp.ENABLED and amp.DTYPE == "float16" and not on_cuda and not eval_only:

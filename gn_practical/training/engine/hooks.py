@@ -6,14 +6,14 @@ import os
 from contextlib import ExitStack
 from typing import Any
 
-from detectron2.engine import HookBase
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gn_practical.analysis.recorder import BlockRecorder
 from gn_practical.training.checkpoint.checkpointer import BEST, GroupsCheckpointer
-from gn_practical.training.config.node import RunConfig, look_up
+from gn_practical.training.config.node import look_up
 from gn_practical.training.data import SkippedSamples
 from gn_practical.training.evaluation import plot_metrics
 
@@ -21,12 +21,7 @@ _logger = logging.getLogger(__name__)
 
 
 class CountSkippedSamples(HookBase):
-    """Logs the number of images that could not be used as ``skipped_samples``; on the main rank.
-
-    Args:
-        samples: the list that the mappers write.
-        period: iterations from one look to the next.
-    """
+    """Logs as ``skipped_samples`` how many images the mappers have listed; on the main rank."""
 
     def __init__(self, samples: SkippedSamples, period: int = 20) -> None:
         self.samples = samples
@@ -43,21 +38,15 @@ class CountSkippedSamples(HookBase):
             get_event_storage().put_scalar("skipped_samples", count, smoothing_hint=False)
 
 
-class NameUnreadKeys(HookBase):
-    """Warns after the first step of overrides of its config that nothing has read."""
-
-    def __init__(self, cfg: RunConfig) -> None:
-        self.cfg = cfg
-
-    def after_step(self) -> None:
-        """Warn, once."""
-        unread = self.cfg.unread_overrides() if self.trainer.iter == self.trainer.start_iter else ()
-        if unread:
-            _logger.warning(
-                "Nothing in this run reads %s: without effect. Are they keys of this model and "
-                "solver, or is what they belong to switched off?",
-                ", ".join(f"{key}={look_up(self.cfg, key)}" for key in unread),
-            )
+def name_unread_keys(trainer: DefaultTrainer) -> None:
+    """Warn after the first step of overrides of its ``RunConfig`` that nothing has read."""
+    unread = trainer.cfg.unread_overrides() if trainer.iter == trainer.start_iter else ()
+    if unread:
+        _logger.warning(
+            "Nothing in this run reads %s: without effect. Are they keys of this model and "
+            "solver, or is what they belong to switched off?",
+            ", ".join(f"{key}={look_up(trainer.cfg, key)}" for key in unread),
+        )
 
 
 class BestCheckpoint(HookBase):
@@ -67,13 +56,8 @@ class BestCheckpoint(HookBase):
     last one; the iteration saved is that of the last step, also after the final evaluation; and a
     resumed run remembers the best value.
 
-    Put it behind the hook that evaluates, on the main rank.
-
-    Args:
-        checkpointer: saves.
-        metric: as in ``metrics.json``: "panoptic_seg/PQ", "bbox/AP"; with several test sets their
-            name comes first: "my_val/bbox/AP".
-        eval_period: iterations between two evaluations, ``TEST.EVAL_PERIOD``.
+    Put it behind the hook that evaluates, on the main rank. Metrics are named as in
+    ``metrics.json``: "bbox/AP"; with several test sets their name comes first: "my_val/bbox/AP".
     """
 
     def __init__(self, checkpointer: GroupsCheckpointer, metric: str, eval_period: int) -> None:
@@ -170,18 +154,12 @@ class IsometryHook(HookBase):
         return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-class PlotCurves(HookBase):
-    """Draws ``curves.png`` from the ``metrics.json`` of a folder when training ends, however."""
-
-    def __init__(self, output_dir: str) -> None:
-        self.output_dir = output_dir
-
-    def after_train(self) -> None:
-        """Draw; a failure is logged and does not hide what ended the training."""
-        path = os.path.join(self.output_dir, "curves.png")
-        try:
-            plot_metrics(os.path.join(self.output_dir, "metrics.json"), path)
-        except Exception as error:
-            _logger.warning("The curves could not be drawn: %s", error)
-        else:
-            _logger.info("Curves of losses and metrics: %s", path)
+def draw_curves(trainer: DefaultTrainer) -> None:
+    """Draw ``curves.png`` from ``metrics.json``; a failure does not hide what ended training."""
+    path = os.path.join(trainer.cfg.OUTPUT_DIR, "curves.png")
+    try:
+        plot_metrics(os.path.join(trainer.cfg.OUTPUT_DIR, "metrics.json"), path)
+    except Exception as error:
+        _logger.warning("The curves could not be drawn: %s", error)
+    else:
+        _logger.info("Curves of losses and metrics: %s", path)

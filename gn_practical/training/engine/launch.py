@@ -31,10 +31,7 @@ def launch(main: Callable[[Namespace], Any], args: Namespace) -> Any:
     Each rank stops on signals, which the launcher passes on, and ends with one clear error where
     the user can correct it. Without CUDA the ranks are processes on the CPU, which share its cores
     and talk through gloo. When a rank ends with an error, or is killed, the others are ended too.
-
-    Args:
-        main: called once a rank; must be importable by name.
-        args: what ``detectron2.engine.default_argument_parser`` parsed.
+    ``main`` must be importable by name; ``args`` are those of Detectron2's parser.
 
     Raises:
         SystemExit: with the exit code of the rank that ended first with another than 0:

@@ -25,10 +25,8 @@ def start_logging(output_dir: str) -> None:
     """Log to the console on the main rank, and to a file of this rank, until the next call.
 
     The console shows what a user must know, without colours and within 100 columns; the file holds
-    all of it, Python's warnings and the tracebacks of errors too.
-
-    Args:
-        output_dir: the folder, which exists, of ``log.txt`` and ``log.txt.rank1``, ...
+    all of it, Python's warnings and the tracebacks of errors too: ``log.txt``, ``log.txt.rank1``,
+    ... of ``output_dir``, which must exist.
     """
     rank = comm.get_rank()
     path = os.path.join(output_dir, f"log.txt.rank{rank}" if rank else "log.txt")

@@ -34,13 +34,11 @@ def one_clear_error(args: Namespace | None = None) -> Iterator[None]:
     """End the process with the message alone of an error that the user can correct.
 
     Such are ValueError, FloatingPointError, and what Detectron2 says of a config with an assertion
-    or of a name that a registry does not know; any other shows its traceback. With ``args``, every
-    error from inside a library is one of the config: what fails in set-up, in the first step or in
-    an evaluation fails for a value of it. ``is_for_config = False`` on the error says it does not.
-    The traceback is kept in the log file of the run, if it has one.
-
-    Args:
-        args: the command line of a run: its overrides, or else its config file, are named.
+    or of a name that a registry does not know; any other shows its traceback. With ``args``, the
+    command line of a run, every error from inside a library is one of the config, whose overrides
+    or else file are named: what fails in set-up, in the first step or in an evaluation fails for a
+    value of it. ``is_for_config = False`` on the error says it does not. The traceback is kept in
+    the log file of the run, if it has one.
 
     Example:
         >>> with one_clear_error(Namespace(config_file="a.yaml", opts=["MODEL.DEVICE", "gpu"])):

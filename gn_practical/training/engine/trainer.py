@@ -11,7 +11,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
-from detectron2.engine.hooks import EvalHook
+from detectron2.engine.hooks import CallbackHook, EvalHook
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
@@ -97,9 +97,9 @@ class Trainer(DefaultTrainer):
             if cfg.TEST.BEST_METRIC:
                 best = (cfg.TEST.BEST_METRIC, cfg.TEST.EVAL_PERIOD)
                 built.append(hooks.BestCheckpoint(self.checkpointer, *best))
-            built.append(hooks.PlotCurves(cfg.OUTPUT_DIR))
+            built.append(CallbackHook(after_train=hooks.draw_curves))
             if isinstance(cfg, RunConfig):
-                built.append(hooks.NameUnreadKeys(cfg))
+                built.append(CallbackHook(after_step=hooks.name_unread_keys))
             if cfg.DATALOADER.MAX_SKIPPED_SAMPLES:
                 # First, so that what it logs is there when the writers write.
                 built.insert(0, hooks.CountSkippedSamples(skipped_samples(cfg)))

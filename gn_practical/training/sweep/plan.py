@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from gn_practical.training.config.overrides import override_pairs
+from gn_practical.training.config.node import override_pairs
 
 _REQUIRED = ("tool", "config", "axes", "seeds", "metrics")
 _OPTIONAL: dict[str, Any] = {"overrides": {}, "baseline": {}, "pictures": [], "labels": {}}

@@ -126,14 +126,15 @@ def test_table_of_means_spreads_and_paired_differences(sweep):
     text = report(plan, str(sweep / "out"))
     first, _, third, _ = summarize(plan)
     # AP = 10 G + seed + 0.1 G seed, by hand
-    assert first.cells["bbox/AP"].by_seed == pytest.approx({1: 11.1, 2: 12.2})
-    assert first.cells["bbox/AP"].std == pytest.approx(1.1 / 2**0.5)
-    cell = third.cells["bbox/AP"]
-    assert cell.difference == pytest.approx(30.45)
-    assert cell.difference_std == pytest.approx(0.3 / 2**0.5)
+    assert first["metrics"]["bbox/AP"]["by_seed"] == pytest.approx({1: 11.1, 2: 12.2})
+    assert first["metrics"]["bbox/AP"]["std"] == pytest.approx(1.1 / 2**0.5)
+    cell = third["metrics"]["bbox/AP"]
+    assert cell["difference"] == pytest.approx(30.45)
+    assert cell["difference_std"] == pytest.approx(0.3 / 2**0.5)
     # t = 30.45 / 0.15 = 203 with one degree of freedom: p = 1 - 2 atan(203) / pi
-    assert cell.p_value == pytest.approx(0.0031360, rel=1e-3)
-    assert first.cells["train_loss"].by_seed[2] == 1 + 2 + 9  # the last twentieth: the last step
+    assert cell["p_value"] == pytest.approx(0.0031360, rel=1e-3)
+    # the last twentieth: the last step
+    assert first["metrics"]["train_loss"]["by_seed"][2] == 1 + 2 + 9
     assert "42.10 ± 0.99 (2)" in text
     assert "8 of 8 runs finished" in text
     lines = (sweep / "out" / "results.csv").read_text().splitlines()
@@ -257,7 +258,7 @@ def test_a_metric_that_no_run_has_is_an_error_with_those_there_are(sweep):
 def test_killed_half_way_and_started_again_it_ends_with_the_same_table(sweep):
     straight = plan_of(sweep)
     run_all(straight, str(sweep / "out"), jobs=4)
-    expected = [repr(row.cells) for row in summarize(straight)]  # of NaN too
+    expected = [repr(row["metrics"]) for row in summarize(straight)]  # of NaN too
 
     output = str(sweep / "killed")
     killed = read_plan(str(sweep / "sweep.yaml"), output)
@@ -272,7 +273,7 @@ def test_killed_half_way_and_started_again_it_ends_with_the_same_table(sweep):
     assert 2 <= sum(map(is_finished, killed.runs)) < 8
 
     run_all(killed, output, jobs=4)
-    assert [repr(row.cells) for row in summarize(killed)] == expected
+    assert [repr(row["metrics"]) for row in summarize(killed)] == expected
 
 
 def test_two_processes_do_not_work_in_one_folder(sweep):
@@ -291,7 +292,7 @@ def test_the_jobs_of_submitit_end_with_the_results_of_a_sweep(sweep):
     plan = plan_of(sweep, seeds=[1]).only(["groups=4", "rate=low"])
     submit = {"output": str(sweep / "out"), "cluster": "local", "num_gpus": 0, "wait": True}
     assert submit_all(plan, **submit) == []
-    assert summarize(plan)[0].cells["bbox/AP"].by_seed == pytest.approx({1: 41.4})
+    assert summarize(plan)[0]["metrics"]["bbox/AP"]["by_seed"] == pytest.approx({1: 41.4})
     assert submit_all(plan, **submit) == []
     assert Path(plan.runs[0].folder, "starts").read_text() == "0\n", "finished runs are left alone"
 

@@ -64,12 +64,6 @@ def parse_args() -> argparse.Namespace:
     add("--workers", type=int, metavar="N", help="processes (default: all cores)")
     add("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
     args = parser.parse_args()
-    check_args(parser, args)
-    return args
-
-
-def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse arguments that do not go together."""
     if not (args.config_file or args.instances or args.panoptic):
         parser.error("give --config-file, --instances or --panoptic")
     if args.opts and not args.config_file:
@@ -80,6 +74,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--stuff needs --panoptic")
     if args.first < 0 or (args.workers is not None and args.workers < 1):
         parser.error("--first must be at least 0 and --workers at least 1")
+    return args
 
 
 def read_targets(args: argparse.Namespace) -> "list[Target]":
@@ -101,21 +96,19 @@ def read_targets(args: argparse.Namespace) -> "list[Target]":
     return targets
 
 
-def clean_paths(targets: "list[Target]", path: str | None) -> dict[str, str]:
+def clean_paths(targets: "list[Target]", path: str) -> dict[str, str]:
     """Map each json to the clean one that --write-clean asks for."""
     jsons = [target.json for target in targets if target.json.endswith(".json")]
-    if path is None:
-        return {}
     if len(jsons) == 1:
         return {jsons[0]: path}
-    names = [os.path.basename(json) for json in jsons]
-    if path.endswith(".json") or len(set(names)) < len(names):
+    outputs = {json: os.path.join(path, os.path.basename(json)) for json in jsons}
+    if path.endswith(".json") or len(set(outputs.values())) < len(jsons):
         raise ValueError(
             f"write-clean must be a folder for {len(jsons)} jsons with names of their own, got "
             f"write_clean={path} for {', '.join(jsons)}. Validate one at a time with --instances "
             "or --panoptic."
         )
-    return {json: os.path.join(path, name) for json, name in zip(jsons, names, strict=True)}
+    return outputs
 
 
 def write_clean_jsons(report: "Report", paths: dict[str, str]) -> None:
@@ -140,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output:
         check_ending(args.output)
     targets = read_targets(args)
-    paths = clean_paths(targets, args.write_clean)
+    paths = clean_paths(targets, args.write_clean) if args.write_clean is not None else {}
     report = validate(targets, args.workers)
     print(report.table(args.first), end="")
     report.save(args.output)

@@ -31,9 +31,7 @@ Category = dict[str, Any]
 def read_json(path: str | os.PathLike, repeated_keys: list[str] | None = None) -> dict[str, Any]:
     """Read a json file whose top level is an object.
 
-    Args:
-        path: the file.
-        repeated_keys: filled with every key that an object has twice, of which json keeps the last.
+    ``repeated_keys`` is filled with the keys that an object has twice; json keeps the last value.
 
     Raises:
         DatasetError: if it is missing or no json object; names the file and the position.
@@ -189,9 +187,7 @@ def instances_metadata(categories: list[Category]) -> dict[str, Any]:
     return {
         "thing_classes": [category["name"] for category in categories],
         "thing_colors": _colours(categories),
-        "thing_dataset_id_to_contiguous_id": {
-            category["id"]: index for index, category in enumerate(categories)
-        },
+        "thing_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(categories)},
     }
 
 
@@ -243,17 +239,11 @@ def _is_rgb(value: object) -> bool:
 def stuff_labels(categories: list[Category], path: str | os.PathLike) -> dict[int, int]:
     """Map every category id to its label in the stuff PNGs: 0 for all things, 1.. for stuff."""
     stuff = panoptic_metadata(categories, path)["stuff_dataset_id_to_contiguous_id"]
-    return {
-        category["id"]: 0 if category["isthing"] else stuff[category["id"]]
-        for category in categories
-    }
+    return {c["id"]: 0 if c["isthing"] else stuff[c["id"]] for c in categories}
 
 
 def rgb_to_id(rgb: np.ndarray) -> np.ndarray:
-    """Decode a panoptic PNG: id = R + 256 G + 256² B.
-
-    Shape:
-        ``(H, W, 3)`` uint8 to ``(H, W)`` uint32.
+    """Decode a panoptic PNG, ``(H, W, 3)``, to ``(H, W)`` uint32: id = R + 256 G + 256² B.
 
     Example:
         >>> rgb_to_id(np.array([[[2, 1, 0]]], dtype=np.uint8)).tolist()
@@ -268,11 +258,7 @@ def id_to_rgb(ids: np.ndarray) -> np.ndarray:
 
 
 def mask_annotation(mask: np.ndarray) -> dict[str, Any]:
-    """Describe a mask as COCO does: compressed RLE, box ``[x, y, width, height]``, area.
-
-    Args:
-        mask: ``(H, W)``, bool, not empty.
-    """
+    """Describe a mask that is not empty as COCO does: compressed RLE, box, area."""
     rle = mask_util.encode(np.asfortranarray(mask, np.uint8))
     return {
         "segmentation": {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")},

@@ -20,7 +20,7 @@ Generator = np.random.Generator
 
 
 class Segment(NamedTuple):
-    """One segment of a scene: its class, as an index, and its visible pixels."""
+    """One segment of a scene: its class, as an index, and its visible pixels, ``(H, W)`` bool."""
 
     is_thing: bool
     class_index: int
@@ -28,14 +28,11 @@ class Segment(NamedTuple):
 
 
 def draw_scene(rng: Generator, size: int) -> tuple[np.ndarray, list[Segment]]:
-    """Draw a scene: the RGB image, uint8, and its segments, with disjoint masks.
+    """Draw a scene: the RGB image, ``(size, size, 3)`` uint8, and its segments, which are disjoint.
 
     The class of a thing shows in its shape and, less surely, in its hue. Things that stay hidden
     for the most part are left out of the picture; what is left of a stuff region of fewer than 64
     pixels belongs to no segment (void).
-
-    Shape:
-        image ``(size, size, 3)``, each mask ``(size, size)`` bool.
     """
     image, regions = _draw_stuff(rng, size)
     things = _place_things(rng, size)

@@ -122,9 +122,7 @@ class TrainLoader:
 def build_train_loader(cfg: CfgNode, mapper: Callable[[Any], Any]) -> Iterable[list[Any]]:
     """Return a loader of the data, sampler and batches that Detectron2's keys ask for.
 
-    Args:
-        cfg: ``DATASETS``, ``DATALOADER``, ``SOLVER.IMS_PER_BATCH`` and ``SEED`` are read.
-        mapper: makes an input of the model of an entry of the data set, or None to skip it.
+    The mapper makes an input of the model of an entry of the data set, or None to skip it.
 
     Raises:
         ValueError: if the batch cannot be shared out among the ranks.

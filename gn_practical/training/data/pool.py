@@ -61,13 +61,7 @@ class Pool:
         title: str,
         chunk_size: int = 32,
     ) -> Iterator[Result]:
-        """Yield the results in order; function and items can be pickled.
-
-        Args:
-            function: of one item.
-            items: what it is mapped over.
-            title: what the bar says.
-            chunk_size: items that go to a worker at once.
+        """Yield the results in order, under a bar with this title; all can be pickled.
 
         Raises:
             RuntimeError: if a worker dies.

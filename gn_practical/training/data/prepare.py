@@ -74,17 +74,8 @@ def prepare_stuff(
 
     A pixel is 0 for all things, 1.. for stuff in the order of the category ids, 255 for void. PNGs
     that are there and hold what would be written are kept, so that an interrupted run goes on where
-    it was; what was written is read again.
-
-    Args:
-        panoptic_json: COCO's panoptic annotations.
-        panoptic_root: folder of the panoptic PNGs.
-        output: folder to write; made if need be. Nothing is written outside it.
-        workers: processes; all cores by default.
-        overwrite: write all PNGs anew.
-
-    Returns:
-        The number of PNGs.
+    it was, unless to ``overwrite``; what was written is read again. Nothing is written outside the
+    folder ``output``, which is made if need be. The number of PNGs is returned.
 
     Raises:
         DatasetError: if the json or a PNG is missing or malformed, if ids of a PNG are not those of
@@ -131,10 +122,8 @@ def write_instances_json(
     """Write the instances json (boxes and RLE masks) of the things in panoptic PNGs.
 
     The images are those of the panoptic json, ``iscrowd`` is kept, segments without a pixel are
-    left out. The masks are RLE: train with ``INPUT.MASK_FORMAT "bitmask"``.
-
-    Returns:
-        The number of instances.
+    left out. The masks are RLE: train with ``INPUT.MASK_FORMAT "bitmask"``. The number of instances
+    is returned.
 
     Raises:
         DatasetError: if the json or a PNG is missing or malformed; names the file.
@@ -150,9 +139,6 @@ def write_instances_json(
         refuse_overwriting([output_json], [panoptic_json, *(task.panoptic_png for task in tasks)])
         write_json(output_json, content)
     return len(annotations)
-
-
-# The panoptic json ------------------------------------------------------------------------------
 
 
 def _read_tasks(
@@ -193,9 +179,6 @@ def _task(annotation: dict[str, Any], images: dict[Any, dict[str, Any]], root: P
     image, name = images[annotation["image_id"]], annotation["file_name"]
     size = (image["width"], image["height"])
     return _Task(image["id"], root / name, name, size, list(annotation["segments_info"]))
-
-
-# One image --------------------------------------------------------------------------------------
 
 
 def _read_ids(task: _Task) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.data.datasets import (
     load_coco_json,
     register_coco_instances,
@@ -169,11 +170,8 @@ def load_panoptic(entry: CocoPanoptic, stuff_only: bool = False) -> list[dict[st
 
     The keys are those of Detectron2's "separated" form (file_name, height, width, image_id,
     annotations, sem_seg_file_name) and, as in its plain panoptic form, pan_seg_file_name and
-    segments_info. Category ids are contiguous.
-
-    Args:
-        entry: where the files lie.
-        stuff_only: leave out annotations and segments, as Detectron2's "stuffonly" form does.
+    segments_info. Category ids are contiguous. ``stuff_only`` leaves out annotations and segments,
+    as Detectron2's "stuffonly" form does.
     """
     content, instances = read_json(entry.panoptic_json), {}
     images = {image["id"]: image for image in content["images"]}
@@ -194,14 +192,15 @@ def load_panoptic(entry: CocoPanoptic, stuff_only: bool = False) -> list[dict[st
             annotations = instances.get(image["id"], [])
             for instance in annotations:
                 instance["category_id"] = things[instance["category_id"]]
-            segments = [_contiguous(segment, metadata) for segment in annotation["segments_info"]]
+            segments = [contiguous(segment, metadata) for segment in annotation["segments_info"]]
             record["pan_seg_file_name"] = os.path.join(entry.panoptic_root, png)
             record |= {"segments_info": segments, "annotations": annotations}
         records.append(record)
     return records
 
 
-def _contiguous(segment: dict[str, Any], metadata: Any) -> dict[str, Any]:
+def contiguous(segment: dict[str, Any], metadata: Metadata) -> dict[str, Any]:
+    """Return a segment of a panoptic json with its contiguous class, and whether it is a thing."""
     things = metadata.thing_dataset_id_to_contiguous_id
     is_thing = segment["category_id"] in things
     ids = things if is_thing else metadata.stuff_dataset_id_to_contiguous_id

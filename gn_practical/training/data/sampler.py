@@ -24,10 +24,7 @@ class BatchStream:
 
     Args:
         sampler: gives the indices; its own rank is not used.
-        batch_size: samples of one batch, on one rank.
         groups: for each index of the data set the number of its aspect-ratio group, 0 or 1.
-        rank: of this process.
-        num_ranks: how many share the stream.
         position: of the next sample to be read; iterating moves it and `pending`.
         pending: for each group what was read and is in no batch yet.
     """

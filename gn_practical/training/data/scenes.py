@@ -45,11 +45,7 @@ def ensure_scenes(
 
     The files are written to a folder beside `root` that takes its name when it is whole. In a
     distributed run every rank must call this; one rank of each machine draws, the others wait.
-
-    Args:
-        root: folder of the data set.
-        num_images: images of each split; 400 to train on and 100 to validate.
-        size: side of the square images, in pixels.
+    ``num_images`` are of each split, ``size`` is the side of the square images in pixels.
 
     Raises:
         DatasetError: if `root` cannot be written; on all ranks.

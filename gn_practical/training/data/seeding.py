@@ -20,9 +20,7 @@ def seed_all(*key: int | str) -> None:
 
     Two runs that call it with the same key draw the same numbers after it, whatever they drew
     before: a resumed run needs no generator's state from the one it continues.
-
-    Args:
-        key: what makes this place in the run unlike any other, such as seed, rank and iteration.
+    The key is what makes this place in the run unlike any other: seed, rank and iteration, say.
     """
     _seed_cpu(key)
     if torch.cuda.is_initialized():  # torch.manual_seed asks for it in a slow way

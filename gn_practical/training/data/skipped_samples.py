@@ -15,11 +15,8 @@ class SkippedSamples:
     """The images of a run that could not be used: a file that all workers and ranks append to.
 
     An image counts once, however many epochs meet it. The file is the count, so it holds over
-    workers, ranks and resumed runs that share the folder.
-
-    Args:
-        path: the file, of one line of JSON an image: file_name, image_id, reason.
-        limit: images that may be skipped.
+    workers, ranks and resumed runs that share the folder. It has one line of JSON an image:
+    file_name, image_id, reason. ``limit`` images may be skipped.
     """
 
     def __init__(self, path: str, limit: int) -> None:

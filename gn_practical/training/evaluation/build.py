@@ -57,7 +57,7 @@ def build_evaluator(
 
 def _coco(cfg: CfgNode, dataset_name: str, output_folder: str) -> list[DatasetEvaluator]:
     if "proposals" in architecture(cfg.MODEL.META_ARCHITECTURE).predicts:
-        return [COCOEvaluator(dataset_name, output_folder=output_folder)]
+        return [COCOEvaluator(dataset_name, output_dir=output_folder)]
     sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
     return [CocoEvaluator(dataset_name, output_folder, kpt_oks_sigmas=sigmas)]
 
@@ -78,7 +78,7 @@ def _panoptic(cfg: CfgNode, dataset_name: str, output_folder: str) -> list[Datas
 
 def _by_detectron2(name: str, cfg: CfgNode, dataset_name: str, folder: str) -> list:
     # By name, so that lvis and cityscapesscripts are imported where they are needed only.
-    options = {"output_folder": folder} if name == "LVISEvaluator" else {}
+    options = {"output_dir": folder} if name == "LVISEvaluator" else {}
     return [getattr(evaluation, name)(dataset_name, **options)]
 
 

@@ -85,8 +85,7 @@ class CocoEvaluator(DatasetEvaluator):
         self._has_truth = "annotations" in content  # not in COCO's test sets
         self._truth = _coco(self._numbered_content(content))
         self._output_dir = output_dir
-        self._max_dets = max_dets_per_image
-        self._use_fast_impl = use_fast_impl
+        self._max_dets, self._use_fast_impl = max_dets_per_image, use_fast_impl
         self._sigmas = kpt_oks_sigmas
         self.reset()
 
@@ -142,15 +141,15 @@ class CocoEvaluator(DatasetEvaluator):
         for image in content["images"]:
             sizes = {key: int(image[key]) for key in ("height", "width") if image.get(key)}
             image |= {"id": self._images[image["id"]], **sizes}
-        content["annotations"] = [
-            a
-            for a in content.get("annotations", [])
-            if a["image_id"] in self._images and a["category_id"] in self._categories
+        known, entries = self._categories, content.get("annotations", [])
+        entries = [
+            a for a in entries if a["image_id"] in self._images and a["category_id"] in known
         ]
+        content["annotations"] = entries
         numbers = self._numbered(content, "annotations")
         if 0 in numbers:
             logger.info("The annotation with id 0 counts; pycocotools itself would never match it")
-        for annotation in content["annotations"]:
+        for annotation in entries:
             box = annotation.get("bbox")
             if not isinstance(box, list) or [isinstance(x, int | float) for x in box] != [True] * 4:
                 raise ValueError(
@@ -186,20 +185,15 @@ class CocoEvaluator(DatasetEvaluator):
         # With a box, pycocotools would take the box's area for that of the mask.
         left_out = "bbox" if task == "segm" else ""
         found = [{k: v for k, v in d.items() if k != left_out} for d in detections]
+        nothing = {**self._truth.dataset, "annotations": []}  # loadRes refuses an empty list
         with contextlib.redirect_stdout(io.StringIO()):
-            # loadRes refuses an empty list
-            predicted = (
-                self._truth.loadRes(found)
-                if found
-                else _coco({**self._truth.dataset, "annotations": []})
-            )
+            predicted = self._truth.loadRes(found) if found else _coco(nothing)
             evaluation = evaluator(self._truth, predicted, task)
-            if task != "keypoints":
-                evaluation.params.maxDets = [
-                    min(n, self._max_dets) for n in (1, 10, self._max_dets)
-                ]
-            else:
+            if task == "keypoints":
                 self._set_sigmas(evaluation, detections)
+            else:
+                limits = (1, 10, self._max_dets)
+                evaluation.params.maxDets = [min(limit, self._max_dets) for limit in limits]
             evaluation.evaluate()
             evaluation.accumulate()
         return self._summarize(task, evaluation)
@@ -224,9 +218,8 @@ class CocoEvaluator(DatasetEvaluator):
         for index, label in enumerate(evaluation.params.areaRngLbl[1:], start=1):
             results[f"AP{label[0]}"] = _mean(precision[..., index])
         recall = evaluation.eval["recall"][:, :, 0]
-        recalls = [
-            f"{_mean(recall[..., i]):.3f} of {n}" for i, n in enumerate(evaluation.params.maxDets)
-        ]
+        limits = enumerate(evaluation.params.maxDets)
+        recalls = [f"{_mean(recall[..., i]):.3f} of {limit}" for i, limit in limits]
         logger.info(
             "Results of %s:\n%s\nAverage recall by the number of detections in an image: %s",
             *(task, create_small_table(results), ", ".join(recalls)),

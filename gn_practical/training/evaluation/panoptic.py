@@ -95,9 +95,8 @@ class PanopticEvaluator(DatasetEvaluator):
         self._content = read_json(PathManager.get_local_path(self._path))
         annotations = self._content["annotations"]
         self._truth = {annotation["image_id"]: annotation for annotation in annotations}
-        self._images = numbered(
-            (a["image_id"] for a in annotations), f"annotated images in {self._path}"
-        )
+        images = [annotation["image_id"] for annotation in annotations]
+        self._images = numbered(images, f"annotated images in {self._path}")
         ids = [category["id"] for category in self._content["categories"]]
         self._categories = numbered(ids, f"categories in {self._path}")
         things = self._metadata.thing_dataset_id_to_contiguous_id
@@ -133,11 +132,9 @@ class PanopticEvaluator(DatasetEvaluator):
             path = os.path.join(self._png_dir, file_name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             Image.fromarray(id_to_rgb(segment_ids)).save(path, compress_level=1)
-            self._predictions[image_id] = {
-                "image_id": image_id,
-                "file_name": file_name,
-                "segments_info": [self._with_dataset_id(segment) for segment in segments],
-            }
+            segments = [self._with_dataset_id(segment) for segment in segments]
+            entry = {"image_id": image_id, "file_name": file_name, "segments_info": segments}
+            self._predictions[image_id] = entry
 
     def evaluate(self) -> OrderedDict | None:
         """Percentages under "panoptic_seg" on the main rank, None on the others."""
@@ -159,9 +156,8 @@ class PanopticEvaluator(DatasetEvaluator):
         numbered((s["id"] for s in segments), f"segments of image {annotation['image_id']!r}")
         for segment in segments:
             number, category = segment["id"], segment["category_id"]
-            if not (isinstance(number, int) and 0 < number < 2**24) or (
-                category not in self._categories
-            ):
+            fits_png = isinstance(number, int) and 0 < number < 2**24
+            if not fits_png or category not in self._categories:
                 raise ValueError(
                     f"Segments in {self._path} must have an id from 1 to {2**24 - 1} and a known "
                     f"category, got id={number!r} with category_id={category!r} in image "
@@ -206,21 +202,15 @@ class PanopticEvaluator(DatasetEvaluator):
 
     def _numbered(self, annotations: Iterable[Annotation]) -> dict[str, list]:
         """Return what hotcoco reads, under numbers; areas left out, it counts pixels."""
-        content: dict[str, list] = {
-            "images": [],
-            "annotations": [],
-            "categories": [{"id": n, "name": str(n)} for n in self._categories.values()],
-        }
+        categories = [{"id": n, "name": str(n)} for n in self._categories.values()]
+        content: dict[str, list] = {"images": [], "annotations": [], "categories": categories}
         for annotation in annotations:
             number = self._images[annotation["image_id"]]
-            segments = [
-                {
-                    "id": segment["id"],
-                    "category_id": self._categories[segment["category_id"]],
-                    "iscrowd": int(segment.get("iscrowd", 0) == 1),
-                }
-                for segment in annotation["segments_info"]
-            ]
+            segments = []
+            for segment in annotation["segments_info"]:
+                category = self._categories[segment["category_id"]]
+                is_crowd = int(segment.get("iscrowd", 0) == 1)
+                segments.append({"id": segment["id"], "category_id": category, "iscrowd": is_crowd})
             content["images"].append({"id": number})
             file = {"image_id": number, "file_name": annotation["file_name"]}
             content["annotations"].append({**file, "segments_info": segments})
@@ -254,12 +244,11 @@ def _segments_of(
     if segments_info is not None:
         return ids, segments_info
     things = set(metadata.thing_dataset_id_to_contiguous_id.values())
-    labels = [int(label) for label in np.unique(ids) if label >= 0]
-    classes = [label // metadata.label_divisor for label in labels]
-    return ids + 1, [
-        {"id": label + 1, "category_id": category, "isthing": category in things}
-        for label, category in zip(labels, classes, strict=True)
-    ]
+    segments = []
+    for label in (int(label) for label in np.unique(ids) if label >= 0):
+        category = label // metadata.label_divisor
+        segments.append({"id": label + 1, "category_id": category, "isthing": category in things})
+    return ids + 1, segments
 
 
 def _stem(annotation: Annotation) -> str:

@@ -1,6 +1,5 @@
 """Pictures of predictions beside the ground truth, drawn while a data set is evaluated."""
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -21,7 +20,8 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.visualizer import ColorMode, GenericMask, VisImage, Visualizer
 from PIL import Image
 
-from gn_practical.training.data.coco_format import rgb_to_id
+from gn_practical.training.data.coco_format import read_json, rgb_to_id
+from gn_practical.training.data.registration import contiguous
 from gn_practical.training.evaluation.ids import unused
 from gn_practical.training.evaluation.sem_seg import read_label_image
 
@@ -43,8 +43,8 @@ class PictureEvaluator(DatasetEvaluator):
     Args:
         dataset_name: a registered data set.
         output_dir: folder of the pictures.
-        num_pictures: number of images to draw at each evaluation.
-        min_score: instances below this score, in [0, 1], are left out of the picture.
+        num_pictures: drawn at each evaluation.
+        min_score: instances below it, in [0, 1], are left out.
 
     Example:
         >>> evaluator = PictureEvaluator("coco_2017_val", "output/pictures", num_pictures=4)
@@ -53,11 +53,9 @@ class PictureEvaluator(DatasetEvaluator):
     def __init__(
         self, dataset_name: str, output_dir: str, num_pictures: int = 8, min_score: float = 0.5
     ) -> None:
-        self._dataset_name = dataset_name
+        self._dataset_name, self._output_dir = dataset_name, output_dir
         self._metadata = MetadataCatalog.get(dataset_name)
-        self._output_dir = output_dir
-        self._num_pictures = num_pictures
-        self._min_score = min_score
+        self._num_pictures, self._min_score = num_pictures, min_score
         self.reset()
 
     def reset(self) -> None:
@@ -119,16 +117,8 @@ class PictureEvaluator(DatasetEvaluator):
         path = os.path.join(self._metadata.panoptic_root, annotation["file_name"])
         with PathManager.open(path, "rb") as f:
             ids = rgb_to_id(np.array(Image.open(f).convert("RGB")))
-        things = self._metadata.thing_dataset_id_to_contiguous_id
-        classes = {**self._metadata.stuff_dataset_id_to_contiguous_id, **things}
-        return torch.from_numpy(ids.astype(np.int64)), [
-            {
-                **segment,
-                "category_id": classes[segment["category_id"]],
-                "isthing": segment["category_id"] in things,
-            }
-            for segment in annotation["segments_info"]
-        ]
+        segments = [contiguous(segment, self._metadata) for segment in annotation["segments_info"]]
+        return torch.from_numpy(ids.astype(np.int64)), segments
 
     def _save(self, image_file: str, picture: np.ndarray) -> None:
         name = unused(os.path.splitext(os.path.basename(image_file))[0], self._names)
@@ -143,8 +133,8 @@ class PictureEvaluator(DatasetEvaluator):
 
     @cached_property
     def _panoptic_annotations(self) -> dict[Any, dict]:
-        with PathManager.open(self._metadata.panoptic_json) as f:
-            return {a["image_id"]: a for a in json.load(f)["annotations"]}
+        content = read_json(PathManager.get_local_path(self._metadata.panoptic_json))
+        return {annotation["image_id"]: annotation for annotation in content["annotations"]}
 
 
 class _Visualizer(Visualizer):

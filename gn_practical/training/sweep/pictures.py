@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,7 +11,6 @@ from matplotlib.figure import Figure
 
 from gn_practical.training.evaluation.curves import Series, read_metrics, smooth
 from gn_practical.training.sweep.plan import Plan
-from gn_practical.training.sweep.summary import Row
 from gn_practical.training.sweep.task import is_finished
 
 _MOST_CURVES = 20
@@ -22,7 +22,7 @@ _UNITS = (  # by the end of a metric's name
 )
 
 
-def draw_pictures(plan: Plan, rows: list[Row], output: str) -> list[str]:
+def draw_pictures(plan: Plan, rows: list[dict[str, Any]], output: str) -> list[str]:
     """Draw ``curves.png`` and the plan's ``pictures`` of the summary's rows; return their paths."""
     paths = [os.path.join(output, "curves.png")]
     _draw_curves(plan, paths[0])
@@ -68,7 +68,7 @@ def _draw_band(axes: Axes, curves: list[Series], label: str, color: str) -> None
     axes.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, linewidth=0)
 
 
-def _draw_axis(plan: Plan, rows: list[Row], x: str, y: str, path: str) -> None:
+def _draw_axis(plan: Plan, rows: list[dict[str, Any]], x: str, y: str, path: str) -> None:
     """One metric against one axis, mean and standard deviation, a line for each other setting."""
     labels, others = plan.axes[x], [axis for axis in plan.axes if axis != x]
     figure = Figure(figsize=(7, 5), layout="constrained")
@@ -77,19 +77,19 @@ def _draw_axis(plan: Plan, rows: list[Row], x: str, y: str, path: str) -> None:
     if all(map(_is_number, labels)):
         place = {label: float(label) for label in labels}
         axes.set_xscale("log", base=2)
-    lines: dict[str, list[Row]] = {}
+    lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        lines.setdefault(", ".join(row.setting[axis] for axis in others), []).append(row)
+        lines.setdefault(", ".join(row["setting"][axis] for axis in others), []).append(row)
     for name, chosen in lines.items():
-        position = [place[row.setting[x]] for row in chosen]
-        means = [row.cells[y].mean for row in chosen]
-        spread = np.nan_to_num([row.cells[y].std for row in chosen])
+        position = [place[row["setting"][x]] for row in chosen]
+        means = [row["metrics"][y]["mean"] for row in chosen]
+        spread = np.nan_to_num([row["metrics"][y]["std"] for row in chosen])
         axes.errorbar(position, means, spread, marker="o", capsize=3, label=name)
     axes.set_xticks(list(place.values()), labels)
     axes.minorticks_off()
     if others:
         axes.legend(title=_names(plan, others))
-    seeds = _seeds(len(row.cells[y].by_seed) for row in rows)
+    seeds = _seeds(len(row["metrics"][y]["by_seed"]) for row in rows)
     _save(figure, f"Mean of {seeds}; bars: ± one standard deviation", path)
 
 

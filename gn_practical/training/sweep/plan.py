@@ -148,10 +148,8 @@ def _values(path: str, name: str, axis: Any) -> dict[str, dict[str, Any]]:
 
 
 def _run(setting: dict[str, str], seed: int, overrides: dict[str, Any], output: str) -> Run:
-    words = tuple(
-        word if isinstance(word, str) else repr(word)
-        for word in itertools.chain(*overrides.items())
-    )
+    pairs = itertools.chain(*overrides.items())
+    words = tuple(word if isinstance(word, str) else repr(word) for word in pairs)
     parts = [re.sub(r"[^\w.=-]+", "_", f"{axis}-{label}") for axis, label in setting.items()]
     return Run(setting, seed, words, os.path.join(output, "runs", *parts, f"seed-{seed}"))
 

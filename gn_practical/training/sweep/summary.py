@@ -5,8 +5,8 @@ import json
 import math
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -20,29 +20,12 @@ from gn_practical.training.sweep.task import is_finished, read_record
 _LAST = 0.05  # share of the schedule over which the training loss is averaged
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One metric of one setting; what has too few seeds is NaN."""
-
-    by_seed: dict[int, float]  # of the finished runs
-    mean: float
-    std: float  # with n - 1
-    difference: float  # mean over seeds, to the baseline's value of the same seed
-    difference_std: float
-    p_value: float  # of the paired t-test, two-sided
-
-
-@dataclass(frozen=True)
-class Row:
-    """A setting with its metrics."""
-
-    setting: dict[str, str]
-    cells: dict[str, Cell]
-    seconds: float
-
-
-def summarize(plan: Plan) -> list[Row]:
+def summarize(plan: Plan) -> list[dict[str, Any]]:
     """Gather the results of the finished runs, one row a setting, in the plan's order.
+
+    A row is {setting, seconds, metrics: metric → numbers}. The numbers are the values by_seed of
+    the finished runs, mean, std (with n - 1), the difference to the baseline's value of the same
+    seed, difference_std and p_value of the paired two-sided t-test; NaN where seeds are too few.
 
     The metric "train_loss" is the mean of ``total_loss`` over the last twentieth of the iterations;
     any other is looked up in ``results.json``.
@@ -50,45 +33,43 @@ def summarize(plan: Plan) -> list[Row]:
     Raises:
         ValueError: if a finished run has no such metric, with those that it has.
     """
-    # setting → seed → metric → value
-    found: dict[tuple[str, ...], dict[int, dict[str, float]]] = {}
-    for run in plan.runs:
-        seeds = found.setdefault(tuple(run.setting.values()), {})
-        if is_finished(run):
-            seeds[run.seed] = {metric: _value(run, metric) for metric in plan.metrics}
-            seeds[run.seed]["seconds"] = read_record(run)["seconds"]
+    # setting → metric → seed → value
+    found = {tuple(run.setting.values()): {m: {} for m in plan.metrics} for run in plan.runs}
+    finished = list(filter(is_finished, plan.runs))
+    for run in finished:
+        for metric, values in found[tuple(run.setting.values())].items():
+            values[run.seed] = _value(run, metric)
     rows = []
     for labels, mine in found.items():
         setting = dict(zip(plan.axes, labels, strict=True))
         reference = tuple({**setting, **plan.baseline}.values())
         other = found.get(reference, {}) if reference != labels else {}
-        cells = {
-            metric: _cell(_column(mine, metric), _column(other, metric)) for metric in plan.metrics
-        }
-        rows.append(Row(setting, cells, _mean_std(_column(mine, "seconds").values())[0]))
+        metrics = {m: _numbers(mine[m], other.get(m, {})) for m in plan.metrics}
+        times = [read_record(run)["seconds"] for run in finished if run.setting == setting]
+        rows.append({"setting": setting, "seconds": _mean_std(times)[0], "metrics": metrics})
     return rows
 
 
-def _markdown(plan: Plan, rows: list[Row]) -> str:
+def _markdown(plan: Plan, rows: list[dict[str, Any]]) -> str:
     """The table for people: mean ± standard deviation (number of seeds), difference, p."""
     headers = [*plan.axes]
     for metric in plan.metrics:
         headers += [metric.rpartition("/")[2], *(["difference", "p"] if plan.baseline else [])]
     lines = []
     for row in rows:
-        line = [*row.setting.values()]
-        for cell in row.cells.values():
-            digits = 2 if abs(cell.mean) >= 0.1 else 4  # percents two, small losses four
-            line.append(f"{_spread(cell.mean, cell.std, digits)} ({len(cell.by_seed)})")
+        line = [*row["setting"].values()]
+        for cell in row["metrics"].values():
+            digits = 2 if abs(cell["mean"]) >= 0.1 else 4  # percents two, small losses four
+            line.append(f"{_spread(cell['mean'], cell['std'], digits)} ({len(cell['by_seed'])})")
             if plan.baseline:
-                line.append(_spread(cell.difference, cell.difference_std, digits, "+"))
-                line.append("-" if math.isnan(cell.p_value) else f"{cell.p_value:.2g}")
-        lines.append([*line, "-" if math.isnan(row.seconds) else f"{row.seconds:.0f} s"])
+                line.append(_spread(cell["difference"], cell["difference_std"], digits, "+"))
+                line.append("-" if math.isnan(cell["p_value"]) else f"{cell['p_value']:.2g}")
+        lines.append([*line, "-" if math.isnan(row["seconds"]) else f"{row['seconds']:.0f} s"])
     table = tabulate(lines, [*headers, "time a run"], tablefmt="pipe", disable_numparse=True)
     return f"{table}\n\n{_legend(plan, rows)}\n"
 
 
-def write_tables(plan: Plan, rows: list[Row], output: str) -> str:
+def write_tables(plan: Plan, rows: list[dict[str, Any]], output: str) -> str:
     """Write ``results.md``, ``results.csv`` (one line a run), ``results.json``; return the text."""
     markdown = _markdown(plan, rows)
     Path(output, "results.md").write_text(markdown, encoding="utf-8")
@@ -97,17 +78,9 @@ def write_tables(plan: Plan, rows: list[Row], output: str) -> str:
         writer.writerow([*plan.axes, "seed", *plan.metrics])
         for row in rows:
             for seed in plan.seeds:
-                cells = [row.cells[metric].by_seed.get(seed, "") for metric in plan.metrics]
-                writer.writerow([*row.setting.values(), seed, *cells])
-    content = [
-        {
-            "setting": row.setting,
-            "seconds": row.seconds,
-            "metrics": {metric: vars(cell) for metric, cell in row.cells.items()},
-        }
-        for row in rows
-    ]
-    write_results({"rows": content}, os.path.join(output, "results.json"))
+                cells = [cell["by_seed"].get(seed, "") for cell in row["metrics"].values()]
+                writer.writerow([*row["setting"].values(), seed, *cells])
+    write_results({"rows": rows}, os.path.join(output, "results.json"))
     return markdown
 
 
@@ -127,15 +100,13 @@ def _value(run: Run, metric: str) -> float:
     return math.nan if found[metric] is None else float(found[metric])
 
 
-def _column(seeds: dict[int, dict[str, float]], metric: str) -> dict[int, float]:
-    return {seed: values[metric] for seed, values in seeds.items()}
-
-
-def _cell(mine: dict[int, float], other: dict[int, float]) -> Cell:
-    differences = [value - other[seed] for seed, value in mine.items() if seed in other]
-    mean, std = _mean_std(differences)
-    p_value = float(stats.ttest_1samp(differences, 0).pvalue) if std > 0 else math.nan
-    return Cell(mine, *_mean_std(mine.values()), mean, std, p_value)
+def _numbers(mine: dict[int, float], other: dict[int, float]) -> dict[str, Any]:
+    mean, std = _mean_std(mine.values())
+    pairs = [value - other[seed] for seed, value in mine.items() if seed in other]
+    difference, spread = _mean_std(pairs)
+    p_value = float(stats.ttest_1samp(pairs, 0).pvalue) if spread > 0 else math.nan
+    numbers = {"by_seed": mine, "mean": mean, "std": std, "difference": difference}
+    return {**numbers, "difference_std": spread, "p_value": p_value}
 
 
 def _mean_std(values: Collection[float]) -> tuple[float, float]:
@@ -151,16 +122,12 @@ def _spread(mean: float, std: float, digits: int, sign: str = "") -> str:
     return f"{mean:{sign}.{digits}f}{spread}"
 
 
-def _legend(plan: Plan, rows: list[Row]) -> str:
-    done = sum(len(next(iter(row.cells.values())).by_seed) for row in rows)
-    text = (
-        f"Mean ± standard deviation over seeds (number of seeds); {done} of {len(plan.runs)} runs "
-        "finished."
-    )
+def _legend(plan: Plan, rows: list[dict[str, Any]]) -> str:
+    done = sum(len(next(iter(row["metrics"].values()))["by_seed"]) for row in rows)
+    runs = f"{done} of {len(plan.runs)} runs finished."
+    text = f"Mean ± standard deviation over seeds (number of seeds); {runs}"
     if plan.baseline:
         labels = ", ".join(f"{axis} {label}" for axis, label in plan.baseline.items())
-        text += (
-            f" Differences are to {labels}, paired by seed; p is of the two-sided paired t-test, "
-            "not corrected for the number of comparisons."
-        )
+        test = "p is of the two-sided paired t-test, not corrected for the number of comparisons."
+        text += f" Differences are to {labels}, paired by seed; {test}"
     return text

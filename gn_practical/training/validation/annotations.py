@@ -38,15 +38,12 @@ def check_instances(
 
     Args:
         annotations: entries with all keys that are needed.
-        sizes: width and height of each one's image, as the json has it and as the file has it:
-            where they differ it is a fault of the image, and what fits one of them is sound.
+        sizes: ``(N, 2, 2)``, width and height of each one's image, as the json has it and as the
+            file has it: where they differ it is the image's fault, and what fits one is sound.
         categories: the ids that are known.
-        num_keypoints: keypoints of an instance, by category id, where the json says so.
-        needs_mask: whether every instance that is no crowd needs a mask.
-        needs_area: whether every instance needs an area, as AP by size does.
-
-    Shape:
-        sizes ``(N, 2, 2)``.
+        num_keypoints: of an instance, by category id, where the json says so.
+        needs_mask: of every instance that is no crowd.
+        needs_area: of every instance, as AP by size does.
 
     Example:
         >>> crowd = {"category_id": 1, "bbox": [5, 5, 9, 0], "area": 1}

@@ -22,12 +22,8 @@ def write_clean(source: str, faults: Sequence[Fault], output: str | os.PathLike)
     """Write a json without the images, annotations and panoptic segments that have errors.
 
     Warnings are left. Where several images share an id the first stays, with its annotations. A
-    panoptic annotation goes as a whole, unless its segment is only in the json.
-
-    Args:
-        source: the json.
-        faults: those of other jsons are left out of account.
-        output: the json to write.
+    panoptic annotation goes as a whole, unless its segment is only in the json. Faults of other
+    jsons than `source` are left out of account.
 
     Raises:
         ValueError: if `output` is `source`, another json validated, or cannot be written.

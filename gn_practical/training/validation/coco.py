@@ -155,9 +155,8 @@ class Coco:
         looks, found = session.look_at(self.image_root, names, title), []
         for (index, entry), facts in zip(sound.items(), looks, strict=True):
             stated = (entry["width"], entry["height"])
-            found += [
-                (reason, index, detail) for reason, detail in facts.findings("image", [stated])
-            ]
+            details = facts.findings("image", [stated])
+            found += [(reason, index, detail) for reason, detail in details]
             self.sizes[entry["id"]][1] = facts.size or stated
         return found
 

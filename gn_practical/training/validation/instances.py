@@ -50,16 +50,15 @@ class InstancesTarget(NamedTuple):
         sizes = np.array([coco.sizes[a["image_id"]] for a in annotations]).reshape(-1, 2, 2)
         for reason, detail in self._check_together(annotations, sizes):
             yield Fault(reason, self.json, detail=detail)
-        asked = (coco.category_ids, _num_keypoints(coco), self._needs_mask(coco), self.area)
+        needs_mask = self.masks
+        if needs_mask is None:
+            listed = (a for a in coco.annotations if isinstance(a, Mapping))
+            needs_mask = any(a.get("segmentation") for a in listed)
+        asked = (coco.category_ids, _num_keypoints(coco), needs_mask, self.area)
         for start in range(0, len(known), _AT_ONCE):
             part = slice(start, start + _AT_ONCE)
             for index, reason, detail in check_instances(annotations[part], sizes[part], *asked):
                 yield _fault(coco, reason, known[start + index], detail)
-
-    def _needs_mask(self, coco: Coco) -> bool:
-        if self.masks is not None:
-            return self.masks
-        return any(a.get("segmentation") for a in coco.annotations if isinstance(a, Mapping))
 
     def _check_together(
         self, annotations: Sequence[dict[str, Any]], sizes: np.ndarray

@@ -140,17 +140,15 @@ def _rle_extent(counts: np.ndarray, height: int) -> list[float]:
 
 
 def rle_counts(counts: object) -> np.ndarray | None:
-    """Decode the run lengths of COCO's RLE without making its mask, whatever is in them.
+    """Decode the lengths of runs of 0 and 1 in turn of COCO's RLE, without making its mask.
 
-    pycocotools trusts what it decodes: it reads and writes beyond its memory for some broken RLE.
+    None is returned if they cannot be decoded or one is negative. pycocotools trusts what it
+    decodes: it reads and writes beyond its memory for some broken RLE.
 
     Args:
         counts: run lengths, or the text of a compressed RLE: numbers in base 32, little end first,
             from ``chr(48)`` on; bit 5 says that another digit follows, bit 4 of the last digit is
             the sign; from the fourth number on they are differences to the last but one.
-
-    Returns:
-        The lengths of runs of 0 and 1 in turn; None if they cannot be decoded or one is negative.
 
     Example:
         >>> rle_counts("52203").tolist()

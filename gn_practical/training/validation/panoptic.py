@@ -88,7 +88,7 @@ class PanopticTarget(NamedTuple):
                 found = self._check_stuff_png(annotation, labels, None)
                 yield from (fault for fault in found if fault.reason == "stuff PNG label unknown")
         elif self.files:
-            check = partial(_check_pngs, target=self, labels=labels)
+            check = partial(self.check_pngs, labels=labels)
             title = f"Panoptic PNGs of {os.path.basename(self.json)}"
             for faults in session.pool.map(check, known, title, 16):
                 yield from faults
@@ -112,17 +112,18 @@ class PanopticTarget(NamedTuple):
                 yield self._image_fault("image without annotation", coco, image_id, detail)
         if others is None:
             return
-        for image_id in [key for key in annotated if key not in others]:
-            detail = f"{self.instances_json} does not list it"
+        for image_id in {**annotated, **others}:
+            name, listed = others.get(image_id), coco.by_id.get(image_id, {}).get("file_name")
+            if image_id not in others:
+                detail = "does not list it"
+            elif image_id not in annotated:
+                detail = f"lists {name}, no annotation of this json is of it"
+            elif name and listed and os.path.basename(listed) != os.path.basename(name):
+                detail = f"has {name} under this id"
+            else:
+                continue
+            detail = f"{self.instances_json} {detail}"
             yield self._image_fault("images differ", coco, image_id, detail)
-        for image_id, name in others.items():
-            listed = coco.by_id.get(image_id, {}).get("file_name", name)
-            if image_id not in annotated:
-                detail = f"{self.instances_json} lists {name}, no annotation of this json is of it"
-                yield self._image_fault("images differ", coco, image_id, detail)
-            elif name and os.path.basename(listed) != os.path.basename(name):
-                detail = f"{self.instances_json} has {name} under this id"
-                yield self._image_fault("images differ", coco, image_id, detail)
 
     def _check_present(self, sound: Sound, session: Session) -> Iterator[Fault]:
         names = [annotation["file_name"] for annotation in sound.values()]
@@ -175,25 +176,25 @@ class PanopticTarget(NamedTuple):
                 segments[number] = (position, segment)
         return segments
 
-    def check_pngs(self, annotation: Annotation, labels: Labels | None) -> Iterator[Fault]:
-        """Yield what is wrong with the PNGs of an image."""
-        ids = yield from self._check_panoptic_png(annotation)
-        if self.stuff_root is not None:
-            has_labels = ids is not None and labels is not None
-            expected = _expected_labels(ids, annotation.segments, labels) if has_labels else None
-            yield from self._check_stuff_png(annotation, labels, expected)
-
-    def _check_panoptic_png(
-        self, annotation: Annotation
-    ) -> Generator[Fault, None, np.ndarray | None]:
-        """Yield what is wrong with a panoptic PNG; return its ids."""
+    def check_pngs(self, annotation: Annotation, labels: Labels | None) -> list[Fault]:
+        """Return what is wrong with the PNGs of an image."""
         index, entry, sizes, segments = annotation
         facts, pixels = read_pixels(os.path.join(self.png_root, entry["file_name"]), "RGB")
-        for reason, detail in facts.findings("panoptic PNG", sizes):
-            yield self._fault(reason, index, entry, detail)
-        if pixels is None or facts.size not in sizes:
-            return None
-        ids = rgb_to_id(pixels)
+        details = facts.findings("panoptic PNG", sizes)
+        faults = [self._fault(reason, index, entry, detail) for reason, detail in details]
+        expected = None
+        if pixels is not None and facts.size in sizes:
+            ids = rgb_to_id(pixels)
+            faults += self._check_ids(annotation, ids)
+            if self.stuff_root is not None and labels is not None:
+                expected = _expected_labels(ids, segments, labels)
+        if self.stuff_root is not None:
+            faults += self._check_stuff_png(annotation, labels, expected)
+        return faults
+
+    def _check_ids(self, annotation: Annotation, ids: np.ndarray) -> Iterator[Fault]:
+        """Compare the pixels of a panoptic PNG with the segments of the json."""
+        index, entry, _, segments = annotation
         extents = segment_extents(ids)
         extents.pop(0, None)  # void
         for number, (position, segment) in segments.items():
@@ -211,7 +212,6 @@ class PanopticTarget(NamedTuple):
         if len(strangers) > _LISTED:
             detail = f"and {len(strangers) - _LISTED} more ids; was the PNG resized or made a JPEG?"
             yield self._fault("segment in the PNG alone", index, entry, detail)
-        return ids
 
     def _check_stuff_png(
         self, annotation: Annotation, labels: Labels | None, expected: np.ndarray | None
@@ -232,12 +232,6 @@ class PanopticTarget(NamedTuple):
             if share > _OTHER_LABELS:
                 detail = f"{share:.0%} of its pixels have another label than the panoptic PNG's"
                 yield self._fault("stuff PNG of another image", index, entry, f"{detail} segments")
-
-
-def _check_pngs(
-    annotation: Annotation, target: PanopticTarget, labels: Labels | None
-) -> list[Fault]:
-    return list(target.check_pngs(annotation, labels))  # a worker can send no generator
 
 
 def _compare(segment: Mapping[str, Any], area: int, box: Box) -> Iterator[tuple[str, str]]:
@@ -284,8 +278,5 @@ def segment_extents(ids: np.ndarray) -> dict[int, tuple[int, Box]]:
     x, y = np.minimum.reduceat(left, first), np.minimum.reduceat(rows, first)
     right = np.maximum.reduceat(left + lengths, first)
     bottom = np.maximum.reduceat(rows + 1, first)
-    boxes = np.stack([x, y, right - x, bottom - y], axis=1).tolist()
-    return {
-        number: (area, tuple(box))
-        for number, area, box in zip(numbers.tolist(), areas.tolist(), boxes, strict=True)
-    }
+    boxes = map(tuple, np.stack([x, y, right - x, bottom - y], axis=1).tolist())
+    return dict(zip(numbers.tolist(), zip(areas.tolist(), boxes, strict=True), strict=True))

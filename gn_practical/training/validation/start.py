@@ -70,9 +70,8 @@ def _problems(cfg: CfgNode, names: Sequence[str]) -> Iterator[str]:
     for name in names:
         if missing := list(_missing_paths(MetadataCatalog.get(name))):
             yield from missing
-        else:
-            there.append(name)
-    for name in there:
+            continue
+        there.append(name)
         needs_stuff = cfg.MODEL.META_ARCHITECTURE == "PanopticFPN"
         if needs_stuff and not MetadataCatalog.get(name).get("sem_seg_root"):
             yield (

@@ -32,12 +32,8 @@ class RecordsTarget(NamedTuple):
         except Exception as error:  # whatever the user's own loader raises
             yield Fault("json unusable", self.json, detail=f"its loader raised {error!r}")
             return
-        tasks = [
-            (index, record, key)
-            for index, record in enumerate(records)
-            for key in _FILES
-            if key in record
-        ]
+        numbered = list(enumerate(records))
+        tasks = [(i, record, key) for i, record in numbered for key in _FILES if key in record]
         paths = [record[key] for _, record, key in tasks]
         found = session.look_at("", paths, self.json)
         for (index, record, key), facts in zip(tasks, found, strict=True):
@@ -55,11 +51,8 @@ def targets_of(
 ) -> list[Target]:
     """Return what is to be validated of the data sets that a config trains and tests on.
 
-    Args:
-        cfg: a config, its data sets registered, as ``load_cfg`` returns it.
-        files: False to leave images and PNGs out.
-        names: of data sets that are registered and drawn; by default those of ``DATASETS.TRAIN``
-            and ``DATASETS.TEST``, and the embedded scenes are drawn if they are among them.
+    With ``names``, which are registered and drawn, those alone; without, the embedded scenes are
+    drawn if they are among them. ``files=False`` leaves images and PNGs out.
 
     Raises:
         DatasetError: if a name is not registered.

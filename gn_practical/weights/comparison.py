@@ -113,12 +113,14 @@ def _other_standardization(
 
 def _other_values(trained: Description, present: Description) -> Iterator[str]:
     of_bottlenecks = "MODEL.RESNETS.STRIDE_IN_1X1"
+    averages = "shortcuts that average pixels, MODEL.BACKBONE.NAME"
     for key, old, new, differ in (
         ("INPUT.FORMAT", trained.input_format, present.input_format, _unequal),
         ("MODEL.PIXEL_MEAN", trained.pixel_mean, present.pixel_mean, _other_pixels),
         ("MODEL.PIXEL_STD", trained.pixel_std, present.pixel_std, _other_pixels),
         ("norms of the backbone", trained.norm, present.norm, _unequal),
         (of_bottlenecks, trained.stride_in_1x1, present.stride_in_1x1, _unequal),
+        (averages, trained.pooled_shortcuts, present.pooled_shortcuts, _unequal),
         ("eps of the norms", trained.norm_eps, present.norm_eps, _far),
     ):
         if old is not None and new is not None and differ(old, new):

@@ -27,7 +27,9 @@ def config_keys(weights: Weights) -> dict[str, Any]:
         keys[f"MODEL.{key.upper()}"] = value and list(value)
     for key, value in resnet_keys(weights.state).items():
         keys[f"MODEL.RESNETS.{key}"] = value
-    if any(re.search(r"(^|\.)stem\.conv3\.weight$", key) for key in weights.state):
+    if description.pooled_shortcuts:
+        keys["MODEL.BACKBONE.NAME"] = "build_resnet_d_fpn_backbone"
+    elif any(re.search(r"(^|\.)stem\.conv3\.weight$", key) for key in weights.state):
         keys["MODEL.RESNETS.STEM_TYPE"] = "deeplab"
     keys["MODEL.RESNETS.STRIDE_IN_1X1"] = description.stride_in_1x1
     norm = _norm(weights)

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.layers import CNNBlockBase
 from torch import nn
 
 from gn_practical.layers import WSConv2d
@@ -40,6 +41,7 @@ def describe(model: nn.Module, of_config: Mapping[str, Any] | None = None) -> De
     return Description(
         source="gn_practical",
         stride_in_1x1=_only(_strides_in_1x1(modules.values())),
+        pooled_shortcuts=_only(_pooled_shortcuts(modules.values())),
         weight_standardization=bool(standardized),
         standardization=Standardization() if standardized else None,
         standardized_layers=standardized,
@@ -131,6 +133,15 @@ def _strides_in_1x1(modules: Iterable[nn.Module]) -> Iterable[bool]:
         )
         if sizes == (1, 3, 1) and max(strides) > 1:
             yield strides[0] > 1
+
+
+def _pooled_shortcuts(modules: Iterable[nn.Module]) -> Iterable[bool]:
+    """Yield, for each block with a stride, whether its shortcut has it outside its convolution."""
+    for module in modules:
+        shortcut = getattr(module, "shortcut", None)
+        has_shortcut = isinstance(module, CNNBlockBase) and isinstance(shortcut, nn.Conv2d)
+        if has_shortcut and module.stride > 1:
+            yield shortcut.stride == (1, 1)
 
 
 def _only(values: Iterable[Any]) -> Any:

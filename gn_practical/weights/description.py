@@ -33,6 +33,7 @@ class Description:
         pixel_mean: subtracted from each channel, in 0 to 255 and in the order of ``input_format``.
         pixel_std: divides each channel, likewise.
         stride_in_1x1: whether bottlenecks with a stride have it in their first convolution.
+        pooled_shortcuts: whether shortcuts with a stride average 2x2 pixels before they convolve.
         weight_standardization: whether the convolutions standardize their weights.
         standardization: how they do.
         standardized_layers: paths of the convolutions that do, where known.
@@ -51,6 +52,7 @@ class Description:
     pixel_mean: tuple[float, ...] | None = None
     pixel_std: tuple[float, ...] | None = None
     stride_in_1x1: bool | None = None
+    pooled_shortcuts: bool | None = None
     weight_standardization: bool | None = None
     standardization: Standardization | None = None
     standardized_layers: list[str] | None = None

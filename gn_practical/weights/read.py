@@ -144,7 +144,7 @@ def _resnet(contents: Contents, names: ResNetNames, source: str | None) -> Weigh
         # A projection, not a classifier.
         state = {key: each for key, each in state.items() if not key.startswith("linear.")}
     used = {names.prefix + key for key, new in names.renamed.items() if new in state}
-    description = replace(description, **{**described, "norm": names.norm})
+    description = replace(description, **{**described, **_of_names(names)})
     return Weights(state, description, notes=notes, unused=_unused(contents.tensors, used))
 
 
@@ -156,7 +156,7 @@ def _mmdetection(contents: Contents, source: str | None) -> Weights:
     described = mm_config.described_by(contents.beside)
     decided = [each for each in candidates if _agrees(each, described)] if described else []
     description, notes = _choose(decided or candidates, contents, source)
-    description = replace(description, **{**described, "norm": names.norm})
+    description = replace(description, **{**described, **_of_names(names)})
     bottom_up = "backbone.bottom_up." if _has_fpn(heads) else "backbone."
     resnet = _renamed(contents.tensors, names)
     state = {bottom_up + key: each for key, each in resnet.items()}
@@ -177,6 +177,10 @@ def _has_fpn(heads: Mapping[str, str]) -> bool:
 
 def _renamed(tensors: Mapping[str, Tensor], names: ResNetNames) -> dict[str, Tensor]:
     return {new: tensors[names.prefix + key] for key, new in names.renamed.items()}
+
+
+def _of_names(names: ResNetNames) -> dict[str, Any]:
+    return {"norm": names.norm, "pooled_shortcuts": names.pooled_shortcuts}
 
 
 def _unused(tensors: Mapping[str, Tensor], used: set[str]) -> tuple[str, ...]:

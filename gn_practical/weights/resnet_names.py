@@ -39,6 +39,7 @@ class ResNetNames:
         prefix: of the ResNet's names in the file.
         renamed: {name in the file without the prefix: Detectron2's name}.
         deep_stem: whether the stem has three convolutions.
+        pooled_shortcuts: whether shortcuts with a stride average before their convolution.
         norm: "BN" or "GN".
         norm_names: "bn" or "gn".
     """
@@ -46,6 +47,7 @@ class ResNetNames:
     prefix: str
     renamed: dict[str, str]
     deep_stem: bool
+    pooled_shortcuts: bool
     norm: str
     norm_names: str
 
@@ -70,11 +72,12 @@ def find_resnet(tensors: Mapping[str, Tensor], prefix: str | None = None) -> Res
         key.removeprefix(prefix): each for key, each in tensors.items() if key.startswith(prefix)
     }
     deep = "conv1.0.weight" in inside or "stem.0.weight" in inside
-    _check_shortcuts(inside)
-    renamed = _rename(inside, deep)
+    pooled = _pooled_blocks(inside)
+    _check_shortcuts(pooled, inside, deep)
+    renamed = _rename(inside, deep, pooled)
     norm_names = "gn" if "layer1.0.gn1.weight" in inside else "bn"
     norm = "BN" if f"layer1.0.{norm_names}1.running_mean" in inside else "GN"
-    names = ResNetNames(prefix, renamed, deep, norm, norm_names)
+    names = ResNetNames(prefix, renamed, deep, bool(pooled), norm, norm_names)
     _check_stem({renamed[key]: each for key, each in inside.items() if key in renamed}, deep)
     return names
 
@@ -83,11 +86,12 @@ def _preference(prefix: str) -> int:
     return next(i for i, ending in enumerate(_PREFERRED) if prefix.endswith(ending))
 
 
-def _rename(inside: Mapping[str, Tensor], deep: bool) -> dict[str, str]:
+def _rename(inside: Mapping[str, Tensor], deep: bool, pooled: set[str]) -> dict[str, str]:
     patterns = _NAMES + (_DEEP_STEM if deep else _BASIC_STEM)
     renamed = {}
     for key in inside:
-        new = next((re.sub(p, n, key) for p, n in patterns if re.fullmatch(p, key)), None)
+        plain = _without_pool(key) if key.partition(".downsample.")[0] in pooled else key
+        new = next((re.sub(p, n, plain) for p, n in patterns if re.fullmatch(p, plain)), None)
         if new is not None:
             renamed[key] = re.sub(r"^res(\d)", lambda match: f"res{int(match[1]) + 1}", new)
         elif re.match(r"layer\d\.", key) and not key.endswith("num_batches_tracked"):
@@ -99,15 +103,31 @@ def _rename(inside: Mapping[str, Tensor], deep: bool) -> dict[str, str]:
     return renamed
 
 
-def _check_shortcuts(inside: Mapping[str, Tensor]) -> None:
-    for key, value in inside.items():
-        if re.fullmatch(r"layer\d\.\d+\.downsample\.1\.weight", key) and value.dim() == 4:
-            raise ValueError(
-                "a ResNet's shortcut must be a convolution with its norm, got one that averages "
-                f"2x2 pixels before it ({key}; timm's d and t variants, MMPretrain's V1d). "
-                "Detectron2's ResNet has no such shortcut; take the variant without it (timm's "
-                "resnet50, resnet50_gn, resnet50c, resnet50s)."
-            )
+def _pooled_blocks(inside: Mapping[str, Tensor]) -> set[str]:
+    """Return the blocks whose shortcut has an average, or nothing, before its convolution."""
+    return {
+        match[1]
+        for key, value in inside.items()
+        if (match := re.fullmatch(r"(layer\d\.\d+)\.downsample\.1\.weight", key))
+        and value.dim() == 4
+    }
+
+
+def _without_pool(key: str) -> str:
+    return re.sub(r"downsample\.(\d)", lambda match: f"downsample.{int(match[1]) - 1}", key)
+
+
+def _check_shortcuts(pooled: set[str], inside: Mapping[str, Tensor], deep: bool) -> None:
+    strided = {f"layer{stage}.0" for stage in (2, 3, 4)}
+    if not pooled or (deep and strided <= pooled <= {*strided, "layer1.0"}):
+        return
+    stem = "deep" if deep else "7x7"
+    raise ValueError(
+        "a ResNet whose shortcuts average 2x2 pixels before their convolution must do so in each "
+        f"stage with a stride and have a deep stem, got {', '.join(sorted(pooled))} and a {stem} "
+        "stem. Such a network needs a backbone of its own; timm's d variants and MMPretrain's V1d "
+        "go into build_resnet_d_backbone."
+    )
 
 
 def _check_stem(state: Mapping[str, Tensor], deep: bool) -> None:

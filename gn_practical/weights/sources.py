@@ -20,8 +20,8 @@ _CAFFE = {**_BGR, "pixel_std": (1.0, 1.0, 1.0)}
 _BN = {"weight_standardization": False, "norm": "BN", "norm_eps": 1e-5}
 _GN = {"weight_standardization": False, "norm": "GN", "num_groups": 32, "norm_eps": 1e-5}
 _GN_WS = {**_GN, "weight_standardization": True, "standardization": Standardization()}
-_IN_3X3 = {"stride_in_1x1": False}
-_IN_1X1 = {"stride_in_1x1": True}
+_IN_3X3 = {"stride_in_1x1": False, "pooled_shortcuts": False}
+_IN_1X1 = {"stride_in_1x1": True, "pooled_shortcuts": False}
 
 SOURCES = {
     "torchvision": Description("torchvision, or timm in the same names", **_RGB, **_IN_3X3, **_BN),

@@ -13,6 +13,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from gn_practical.layers.protocol import BindableNorm
 from gn_practical.weights import Description, Weights, names_for
 from gn_practical.weights.comparison import class_differences, differences
+from gn_practical.weights.describe import trunk_of
 from gn_practical.weights.report import MIN_SHARE, Filling, report_filling
 
 _logger = logging.getLogger(__name__)
@@ -36,6 +37,12 @@ _ADVICE = {
     "evaluation": "Set the config as it was trained; TEST.ALLOW_DIFFERENCES True evaluates the "
     "model as it is.",
 }
+# Names and shapes are the same in both, and what is computed is another network.
+_NO_RESNET_D = (
+    "the backbone must be a ResNet-D for these weights, whose shortcuts average 2x2 pixels before "
+    "their convolution, got {path} for {backbone}, whose shortcuts do not. Set MODEL.BACKBONE.NAME "
+    "build_resnet_d_fpn_backbone, or build_resnet_d_backbone without FPN."
+)
 
 
 def place(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
@@ -105,6 +112,8 @@ def _compare(
     purpose: Purpose,
 ) -> None:
     strict = purpose.name != "training"
+    if trained.pooled_shortcuts and present.pooled_shortcuts is False:
+        raise ValueError(_NO_RESNET_D.format(path=path, backbone=trunk_of(filled) or "the model"))
     found = differences(trained, present, model, filled)
     found += class_differences(trained, present) if strict else []
     if found and strict and not purpose.allow_differences:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from torch import nn
 from gn_practical import build_model
 from gn_practical.training.checkpoint import GroupsCheckpointer
 from gn_practical.training.engine import load_cfg
+from gn_practical.weights.description import Standardization
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 QUICKSTART = CONFIGS.parent.parent.parent / "configs/quickstart"
@@ -187,6 +189,29 @@ def test_norms_are_changed_and_measured(tmp_path, capsys):
     torch.save({"model": {}}, tmp_path / "former.pth")
     with pytest.raises(ValueError, match=r"must be a classifier's of the same config .*backbone"):
         change_norms.main(args)
+
+
+def test_a_backbone_pretrained_with_standardization_goes_into_detectors_with_it(
+    tmp_path, caplog, monkeypatch
+):
+    keys = [*NARROW, "MODEL.WS.ENABLED", True, "SOLVER.MAX_ITER", 3, "DATASETS.TEST", "()"]
+    keys += ["SOLVER.IMS_PER_BATCH", 4, "TEST.EVAL_PERIOD", 0, "SOLVER.WARMUP_ITERS", 0]
+    run("narrow50_tiny_imagenet.yaml", tmp_path, *keys, "CLASSIFICATION.NUM_CLASSES", 10)
+    described = weights_of(tmp_path, "backbone", "description")
+    assert described["weight_standardization"]
+    assert Standardization(**described["standardization"]) == Standardization()
+    path = str(tmp_path / "backbone.pth")
+    monkeypatch.setattr(logging.getLogger("gn_practical"), "propagate", True)  # a run ends it
+    for enabled in (True, False):
+        overrides = [*NARROW, "MODEL.WS.ENABLED", str(enabled), "MODEL.ROI_BOX_HEAD.FC_DIM", "16"]
+        model = build_model(load_cfg(str(QUICKSTART / "faster_rcnn_narrow50.yaml"), overrides))
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            GroupsCheckpointer(model).resume_or_load(path, resume=False)
+        assert "(backbone.bottom_up 100 %) filled" in caplog.text
+        warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert len(warned) == (0 if enabled else 1), warned
+    assert "other weight standardization in 53 layers: backbone.bottom_up.stem.conv1" in warned[0]
 
 
 # Averages ----------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class PracticalGroupNorm(FusedGroupNorm):
 
     Args:
         num_channels: C, channels of the input, and ``out_channels`` of the layer that feeds it.
-        eps, affine, device, dtype: as those of ``nn.GroupNorm``.
+        eps: as that of ``nn.GroupNorm``, and so are ``affine``, ``device`` and ``dtype``.
 
     Shape:
         - Input and output: (N, C, *)

@@ -197,6 +197,7 @@ def override(draw):
 @example([("MODEL.MASK_ON", False)])
 @example([("TEST.EXPECTED_RESULTS", "(-1,)")])
 @example([("TEST.AUG.ENABLED", True)])
+@example([("INPUT.FORMAT", "nosuch")])
 @example([("DATALOADER.SAMPLER_TRAIN", "WeightedTrainingSampler")])
 @example([("MODEL.ROI_HEADS.NUM_CLASSES", 4), ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 3)])
 def test_trains_a_step_or_ends_with_one_clear_error(train, overrides):

@@ -48,7 +48,7 @@ class CheckedDatasetMapper(DatasetMapper):
             return super().__call__(dataset_dict)
         except Exception as error:
             try:
-                _explain(dataset_dict, error)
+                _explain(dataset_dict, error, self.image_format)
             except DatasetError as explained:
                 if self.skipped is None:
                     raise
@@ -56,7 +56,7 @@ class CheckedDatasetMapper(DatasetMapper):
             return None
 
 
-def _explain(dataset_dict: dict[str, Any], error: Exception) -> NoReturn:
+def _explain(dataset_dict: dict[str, Any], error: Exception, image_format: str) -> NoReturn:
     """Raise what is wrong with the files of a sample, or else with its annotations."""
     keys = [key for key in ("file_name", "sem_seg_file_name") if key in dataset_dict]
     sizes = {key: _read(dataset_dict[key]).shape[1::-1] for key in keys}
@@ -72,7 +72,7 @@ def _explain(dataset_dict: dict[str, Any], error: Exception) -> NoReturn:
         f"The annotations of {dataset_dict.get('file_name')} must be valid, got "
         f"{type(error).__name__}: {' '.join(str(error).split())}. "
         f"Correct them in the data set's json (image_id={dataset_dict.get('image_id')}), "
-        "or the INPUT keys of the config if every image fails."
+        f"or INPUT.FORMAT={image_format} and the other INPUT keys if every image fails."
     ) from error
 
 

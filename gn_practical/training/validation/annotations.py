@@ -66,7 +66,7 @@ def check_instances(
 def _check_boxes(annotations: Sequence[Mapping[str, Any]], sizes: np.ndarray) -> Measuring:
     """Yield what is wrong; return the boxes, NaN for what cannot be compared with a mask."""
     boxes = boxes_of(annotations)
-    for index in np.flatnonzero(~np.isfinite(boxes).all(axis=1)):
+    for index in np.flatnonzero(~np.isfinite(boxes).all(axis=1)).tolist():
         text = f"bbox={short(annotations[index]['bbox'])}"
         if _is_box(annotations[index]["bbox"]):
             yield index, "box not finite", text
@@ -74,11 +74,11 @@ def _check_boxes(annotations: Sequence[Mapping[str, Any]], sizes: np.ndarray) ->
             yield index, "box malformed", f"{text}, not 4 numbers"
         boxes[index] = np.nan
     is_empty = (boxes[:, 2:] <= 0).any(axis=1)
-    for index in np.flatnonzero(is_empty):
+    for index in np.flatnonzero(is_empty).tolist():
         _, _, width, height = boxes[index]
         yield index, "box empty", f"width {width:g}, height {height:g}"
     beyond = pixels_beyond(_edges(boxes), sizes)
-    for index in np.flatnonzero(beyond > TOLERANCE):
+    for index in np.flatnonzero(beyond > TOLERANCE).tolist():
         what = f"bbox={short(annotations[index]['bbox'])}"
         yield index, "box outside the image", describe_beyond(what, beyond[index], sizes[index])
     boxes[is_empty | (beyond > TOLERANCE)] = np.nan
@@ -127,12 +127,12 @@ def _compare(
     masks, pixels = extents[:, :4], extents[:, 4]
     longest = np.hstack([boxes[:, 2:], masks[:, 2:] - masks[:, :2]]).max(axis=1)
     apart = np.abs(_edges(boxes) - masks).max(axis=1)
-    for index in np.flatnonzero(apart > np.maximum(_BOX_TOLERANCE, longest / 10)):
+    for index in np.flatnonzero(apart > np.maximum(_BOX_TOLERANCE, longest / 10)).tolist():
         left, top, right, bottom = (f"{edge:g}" for edge in masks[index])
         detail = f"bbox={annotations[index]['bbox']}, the mask reaches "
         yield index, "box and mask differ", f"{detail}from {left}, {top} to {right}, {bottom}"
     is_small = areas < pixels / 2 - _AREA_TOLERANCE
-    for index in np.flatnonzero(is_small | (areas > pixels * 2 + _AREA_TOLERANCE)):
+    for index in np.flatnonzero(is_small | (areas > pixels * 2 + _AREA_TOLERANCE)).tolist():
         detail = f"area={areas[index]:g}, the mask has {pixels[index]:g}"
         yield index, "area and mask differ", detail
 

@@ -209,9 +209,10 @@ def test_a_backbone_pretrained_with_standardization_goes_into_detectors_with_it(
         with caplog.at_level("INFO"):
             GroupsCheckpointer(model).resume_or_load(path, resume=False)
         assert "(backbone.bottom_up 100 %) filled" in caplog.text
-        warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-        assert len(warned) == (0 if enabled else 1), warned
-    assert "other weight standardization in 53 layers: backbone.bottom_up.stem.conv1" in warned[0]
+        # Once each: handlers of earlier runs in this process may show a message again.
+        warned = "".join({r.getMessage() for r in caplog.records if r.levelname == "WARNING"})
+        assert warned.count("The model is not as the weights") == (0 if enabled else 1), warned
+    assert "other weight standardization in 53 layers: backbone.bottom_up.stem.conv1" in warned
 
 
 # Averages ----------------------------------------------------------------------------------------

@@ -7,14 +7,15 @@ import torch
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 from torch import Tensor
 
-_VALUES = r"(weight|bias|running_mean|running_var)"
+from gn_practical.weights.patterns import VALUES, rename
+
 _PYCLS_RESNET = (
     (r"stem\.conv\.weight", "stem.conv1.weight"),
-    (rf"stem\.bn\.{_VALUES}", r"stem.conv1.norm.\1"),
+    (rf"stem\.bn\.{VALUES}", r"stem.conv1.norm.\1"),
     (r"s(\d)\.b(\d+)\.f\.([abc])\.weight", r"res\1.\2.conv\3.weight"),
-    (rf"s(\d)\.b(\d+)\.f\.([abc])_bn\.{_VALUES}", r"res\1.\2.conv\3.norm.\4"),
+    (rf"s(\d)\.b(\d+)\.f\.([abc])_bn\.{VALUES}", r"res\1.\2.conv\3.norm.\4"),
     (r"s(\d)\.b(\d+)\.proj\.weight", r"res\1.\2.shortcut.weight"),
-    (rf"s(\d)\.b(\d+)\.(?:bn|proj_bn)\.{_VALUES}", r"res\1.\2.shortcut.norm.\3"),
+    (rf"s(\d)\.b(\d+)\.(?:bn|proj_bn)\.{VALUES}", r"res\1.\2.shortcut.norm.\3"),
     (r"head\.fc\.(weight|bias)", r"linear.\1"),
 )
 
@@ -96,8 +97,7 @@ def from_pycls_resnet(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None
         return None
     renamed = {}
     for key, value in tensors.items():
-        new = next((re.sub(p, n, key) for p, n in _PYCLS_RESNET if re.fullmatch(p, key)), None)
-        if new is not None:
+        if (new := rename(key, _PYCLS_RESNET)) is not None:
             renamed[_count_like_detectron2(new)] = value
     return renamed
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from gn_practical.weights.patterns import rename
+
 _BOX, _MASK, _RPN = "roi_heads.box_head", "roi_heads.mask_head", "proposal_generator.rpn_head"
 _NORM = r"(?:bn|gn)\.(\w+)"
 _NAMES = (
@@ -80,9 +82,8 @@ def _check_levels(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _rename(key: str) -> str | None:
-    for pattern, new in _NAMES:
-        if re.fullmatch(pattern, key):
-            return re.sub(pattern, new, key)
+    if (plain := rename(key, _NAMES)) is not None:
+        return plain
     for pattern, new, first in _COUNTED:
         match = re.fullmatch(pattern, key)
         if match:

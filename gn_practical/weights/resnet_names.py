@@ -6,28 +6,29 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from gn_practical.weights.patterns import VALUES, rename
+
 # The first convolution of the first block tells where a ResNet lies in a file.
 _FIRST = re.compile(r"(.*?)layer1\.0\.conv1\.weight")
 # Of several networks in one file, the one that its authors go on with.
 _PREFERRED = ("encoder_q.", "base_encoder.", "teacher.backbone.", "backbone.", "module.", "")
-_VALUES = r"(weight|bias|running_mean|running_var)"
 _NAMES = (
     (r"conv1\.weight", "stem.conv1.weight"),
     (r"layer(\d)\.(\d+)\.(conv\d)\.weight", r"res\1.\2.\3.weight"),
-    (rf"layer(\d)\.(\d+)\.(?:bn|gn)(\d)\.{_VALUES}", r"res\1.\2.conv\3.norm.\4"),
+    (rf"layer(\d)\.(\d+)\.(?:bn|gn)(\d)\.{VALUES}", r"res\1.\2.conv\3.norm.\4"),
     (r"layer(\d)\.(\d+)\.downsample\.0\.weight", r"res\1.\2.shortcut.weight"),
-    (rf"layer(\d)\.(\d+)\.downsample\.1\.{_VALUES}", r"res\1.\2.shortcut.norm.\3"),
+    (rf"layer(\d)\.(\d+)\.downsample\.1\.{VALUES}", r"res\1.\2.shortcut.norm.\3"),
     (r"fc\.(weight|bias)", r"linear.\1"),
 )
-_BASIC_STEM = ((rf"(?:bn|gn)1\.{_VALUES}", r"stem.conv1.norm.\1"),)
+_BASIC_STEM = ((rf"(?:bn|gn)1\.{VALUES}", r"stem.conv1.norm.\1"),)
 # Three convolutions, as in timm's conv1 and in MMPretrain's stem; Detectron2's DeepLabStem.
 _DEEP_STEM = (
     (r"(?:conv1|stem)\.0\.weight", "stem.conv1.weight"),
-    (rf"(?:conv1|stem)\.1\.{_VALUES}", r"stem.conv1.norm.\1"),
+    (rf"(?:conv1|stem)\.1\.{VALUES}", r"stem.conv1.norm.\1"),
     (r"(?:conv1|stem)\.3\.weight", "stem.conv2.weight"),
-    (rf"(?:conv1|stem)\.4\.{_VALUES}", r"stem.conv2.norm.\1"),
+    (rf"(?:conv1|stem)\.4\.{VALUES}", r"stem.conv2.norm.\1"),
     (r"(?:conv1|stem)\.6\.weight", "stem.conv3.weight"),
-    (rf"(?:(?:bn|gn)1|stem\.7)\.{_VALUES}", r"stem.conv3.norm.\1"),
+    (rf"(?:(?:bn|gn)1|stem\.7)\.{VALUES}", r"stem.conv3.norm.\1"),
 )
 
 
@@ -91,7 +92,7 @@ def _rename(inside: Mapping[str, Tensor], deep: bool, pooled: set[str]) -> dict[
     renamed = {}
     for key in inside:
         plain = _without_pool(key) if key.partition(".downsample.")[0] in pooled else key
-        new = next((re.sub(p, n, plain) for p, n in patterns if re.fullmatch(p, plain)), None)
+        new = rename(plain, patterns)
         if new is not None:
             renamed[key] = re.sub(r"^res(\d)", lambda match: f"res{int(match[1]) + 1}", new)
         elif re.match(r"layer\d\.", key) and not key.endswith("num_batches_tracked"):

@@ -15,10 +15,15 @@ from math import inf
 import numpy as np
 
 
-def exact_factor(group_size: int) -> float:
-    """Return (n - 2) / (n - 3), the exact factor of a group of n independent Gaussian values.
+def exact_factor(group_size: int, slope: float = 1.0) -> float:
+    """Return (n - 1 - ρ) / (n - 3), the exact factor of a group of n independent Gaussian values.
 
-    It is infinite for n <= 3, and its sample mean has infinite variance for n <= 5.
+    (n - 2) / (n - 3) for the ReLU family. It is infinite for n <= 3, and its sample mean has
+    infinite variance for n <= 5.
+
+    Args:
+        group_size: n, values in a group.
+        slope: ρ, as for :func:`convolution_factor`.
 
     Raises:
         ValueError: for a group size that is no integer above 1.
@@ -28,7 +33,7 @@ def exact_factor(group_size: int) -> float:
         (2.0, 1.0769)
     """
     n = check_group_size(group_size)
-    return (n - 2) / (n - 3) if n > 3 else inf
+    return (n - 1 - slope) / (n - 3) if n > 3 else inf
 
 
 def convolution_factor(

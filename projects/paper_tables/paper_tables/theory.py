@@ -1,6 +1,6 @@
 """What theory predicts of the tables: the paper's factor, and the exact one of any activation."""
 
-from math import cos, inf, pi, sin
+from math import cos, pi, sin
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from gn_practical.activation_gain import (
     resolve_activation,
 )
 from gn_practical.analysis.exact_factor import check_group_size, convolution_factor, integral
+from gn_practical.analysis.exact_factor import exact_factor as of_linear
 from gn_practical.num_groups import check_num_groups
 
 
@@ -46,9 +47,7 @@ def exact_factor(group_size: int, activation: Activation = "relu", eps: float = 
     """
     n = check_group_size(group_size)
     rho = 1.0 if activation == "relu" else slope_moments(activation, n)[1]
-    if eps == 0:
-        return (n - 1 - rho) / (n - 3) if n > 3 else inf
-    return convolution_factor(n, 1, 1.0, eps, rho)
+    return convolution_factor(n, 1, 1.0, eps, rho) if eps else of_linear(n, rho)
 
 
 def predicted_gradient_variance_ratio(

@@ -19,6 +19,7 @@ from PIL import Image
 from test_evaluation_panoptic import random_truth, register, to_detectron2
 
 from gn_practical import add_pgn_config
+from gn_practical.inference.drawing import with_colors
 from gn_practical.training import add_training_config
 from gn_practical.training.evaluation import (
     CocoEvaluator,
@@ -32,7 +33,6 @@ from gn_practical.training.evaluation import (
     write_results,
 )
 from gn_practical.training.evaluation.curves import read_metrics
-from gn_practical.training.evaluation.pictures import with_colors
 
 __all__ = ["register"]  # a fixture
 

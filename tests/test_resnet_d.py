@@ -23,9 +23,9 @@ from torch import nn
 from gn_practical import bind_group_norms, build_model, convert_to_ws
 from gn_practical.layers.weight_standardization import standardize_weight
 from gn_practical.modeling.fusion import fuse_norms
+from gn_practical.modeling.resnet_d import pool_shortcuts
 from gn_practical.training.checkpoint import GroupsCheckpointer
 from gn_practical.training.config import load_cfg
-from gn_practical.training.resnet_d import pool_shortcuts
 from gn_practical.weights import read_weights
 from gn_practical.weights.config_keys import config_keys
 

@@ -12,7 +12,7 @@ with warnings.catch_warnings():
 
     import detectron2.model_zoo  # noqa: F401 (speaks of pkg_resources)
 
-    import gn_practical.training.resnet_d  # noqa: F401 (registers them)
+    import gn_practical.modeling.resnet_d  # noqa: F401 (registers them)
     from gn_practical.training.config import add_training_config
     from gn_practical.training.data import register_scenes
     from gn_practical.training.engine import Trainer

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,16 +9,15 @@ import cv2
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.catalog import Metadata
 from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.colormap import colormap
 from detectron2.utils.events import get_event_storage, has_event_storage
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.visualizer import ColorMode, GenericMask, VisImage, Visualizer
+from detectron2.utils.visualizer import ColorMode
 from PIL import Image
 
+from gn_practical.inference.drawing import HoleKeepingVisualizer, with_colors
 from gn_practical.training.data.coco_format import read_json, rgb_to_id
 from gn_practical.training.data.registration import contiguous
 from gn_practical.training.evaluation.ids import unused
@@ -89,7 +87,9 @@ class PictureEvaluator(DatasetEvaluator):
         pixels = read_image(image["file_name"], format="RGB")
         scale = float(np.clip(pixels.shape[1], *_PANEL_WIDTH)) / pixels.shape[1]
         prediction, truth = (
-            _Visualizer(pixels, with_colors(self._metadata), scale, ColorMode.SEGMENTATION)
+            HoleKeepingVisualizer(
+                pixels, with_colors(self._metadata), scale, ColorMode.SEGMENTATION
+            )
             for _ in range(2)
         )
         title = "prediction"
@@ -135,48 +135,6 @@ class PictureEvaluator(DatasetEvaluator):
     def _panoptic_annotations(self) -> dict[Any, dict]:
         content = read_json(PathManager.get_local_path(self._metadata.panoptic_json))
         return {annotation["image_id"]: annotation for annotation in content["annotations"]}
-
-
-class _Visualizer(Visualizer):
-    """Detectron2's, but for the holes of things, which it fills."""
-
-    def overlay_instances(
-        self,
-        *,
-        masks: Sequence[Any] | None = None,
-        labels: Sequence[str] | None = None,
-        assigned_colors: Sequence[Any] | None = None,
-        alpha: float = 0.5,
-        **others: Any,
-    ) -> VisImage:
-        """Draw masks as they are, the large ones first, and boxes and keypoints as Detectron2."""
-        if masks is None or len(masks) == 0:
-            style = {"labels": labels, "assigned_colors": assigned_colors, "alpha": alpha}
-            return super().overlay_instances(**style, **others)
-        size = self.output.height, self.output.width
-        masks = [m if isinstance(m, GenericMask) else GenericMask(m, *size) for m in masks]
-        for i in np.argsort([-float(mask.area()) for mask in masks]):
-            color = None if assigned_colors is None else assigned_colors[i]
-            text = None if labels is None else labels[i]
-            self.draw_binary_mask(masks[i].mask, color, text=text, alpha=alpha)
-        return super().overlay_instances(assigned_colors=assigned_colors, **others)
-
-
-def with_colors(metadata: Metadata) -> Metadata:
-    """Return a copy in which each class has a colour: its own, or one that follows from its number.
-
-    Example:
-        >>> with_colors(Metadata(thing_classes=["cat"], thing_colors=[(255, 0, 0)])).thing_colors
-        [(255, 0, 0)]
-    """
-    palette = colormap(rgb=True)
-    colors = {}
-    for kind, first in (("thing", 0), ("stuff", len(palette) // 2)):
-        own = list(metadata.get(f"{kind}_colors") or ())
-        count = len(metadata.get(f"{kind}_classes") or ())
-        others = [palette[(first + i) % len(palette)] for i in range(len(own), count)]
-        colors[f"{kind}_colors"] = own + others
-    return Metadata(**{**metadata.as_dict(), **colors})
 
 
 def _side_by_side(panels: list[np.ndarray], titles: list[str]) -> np.ndarray:

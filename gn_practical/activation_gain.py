@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 _SAME_NAME = (
     *("relu", "leaky_relu", "elu", "selu", "gelu", "silu", "mish", "softplus", "tanh", "sigmoid"),
-    *("relu6", "hardtanh", "hardswish", "softsign"),
+    *("relu6", "hardtanh", "hardswish", "softsign", "logsigmoid"),
 )
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     **{name: getattr(F, name) for name in _SAME_NAME},  # leaky_relu: slope 0.01

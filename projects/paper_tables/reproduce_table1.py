@@ -41,7 +41,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--experiments", type=int, help="per row (default: 100_000; draws of weights: 100)"
     )
-    parser.add_argument("--loss", default="random", choices=("random", "square", "sum"))
+    parser.add_argument(
+        "--loss", default="random", choices=("random", "distance", "squares", "sum")
+    )
     parser.add_argument("--activation", default="relu", help="of --extended (default: relu)")
     parser.add_argument("--groups", type=int, default=16, help="G of --stack (default: 16)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
@@ -67,8 +69,9 @@ def main() -> None:
     """Print the table, and save it where asked."""
     args = parse_args()
     # After parsing: importing torch takes seconds, and --help should not.
-    from paper_tables import table1
+    from paper_tables import beyond
     from paper_tables.files import check_output, save_rows
+    from paper_tables.table1 import BLOCKS, table1_rows
 
     from gn_practical.analysis import format_rows
 
@@ -76,14 +79,14 @@ def main() -> None:
         check_output(args.output)
     seed, linear, drawn = args.seed, args.experiments or 100_000, args.experiments or 100
     if args.extended:
-        rows = table1.extended_rows(experiments=linear, seed=seed, activation=args.activation)
+        rows = beyond.extended_rows(experiments=linear, seed=seed, activation=args.activation)
     elif args.convolutions:
-        rows = table1.convolution_rows(draws=drawn, seed=seed)
+        rows = beyond.convolution_rows(draws=drawn, seed=seed)
     elif args.stack:
-        rows = table1.stack_rows(table1.STACKS[args.stack], args.groups, draws=drawn, seed=seed)
+        rows = beyond.stack_rows(beyond.STACKS[args.stack], args.groups, draws=drawn, seed=seed)
     else:
-        blocks = parse_blocks(args.blocks) if args.blocks else table1.BLOCKS
-        rows = table1.table1_rows(blocks, linear, seed, args.loss)
+        blocks = parse_blocks(args.blocks) if args.blocks else BLOCKS
+        rows = table1_rows(blocks, linear, seed, args.loss)
     print(format_rows(rows), end="")
     if args.output:
         save_rows(rows, args.output)

@@ -27,12 +27,6 @@ def parse_args() -> argparse.Namespace:
         help="Monte Carlo samples each to check the quadrature; the paper took 10_000_000",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
-    parser.add_argument(
-        "--paper",
-        metavar="CSV",
-        help="the paper's numbers as printed, columns activation,sigma,F,B,B/F; differences beyond "
-        "rounding and sampling are marked OFF",
-    )
     parser.add_argument("--output", metavar="FILE", help="save as .md, .csv, .json or .txt")
     return parser.parse_args()
 
@@ -43,7 +37,8 @@ def main() -> None:
     # After parsing: importing torch takes seconds, and --help should not.
     import torch
     from paper_tables.files import check_output, save_rows
-    from paper_tables.table2 import SIGMAS, TABLE2_ACTIVATIONS, read_paper, table2_rows
+    from paper_tables.paper_numbers import TABLE2_ACTIVATIONS
+    from paper_tables.table2 import SIGMAS, summary, table2_rows
 
     from gn_practical.analysis import format_rows
 
@@ -55,9 +50,9 @@ def main() -> None:
         args.sigmas or SIGMAS,
         samples=args.samples,
         seed=args.seed,
-        paper=read_paper(args.paper) if args.paper else None,
     )
     print(format_rows(rows), end="")
+    print(summary(rows))
     if args.output:
         save_rows(rows, args.output)
 

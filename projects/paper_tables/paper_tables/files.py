@@ -1,6 +1,5 @@
-"""Rows of a table saved to a file, and read from one."""
+"""Rows of a table saved to a file."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,25 +37,3 @@ def check_output(path: str | Path) -> None:
             f"output must end with one of {', '.join(SUFFIXES)}, got output={path}. "
             "The ending chooses the format."
         )
-
-
-def read_rows(path: str | Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Read a CSV file that has at least these columns.
-
-    Raises:
-        ValueError: for a file that is missing or lacks a column.
-
-    Example:
-        >>> read_rows("paper.csv", ["activation", "sigma"])  # doctest: +SKIP
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"file must exist, got path={path}. Give a CSV file.")
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in columns if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(
-                f"{path} must have the columns {', '.join(columns)}, got none named "
-                f"{', '.join(missing)}. Put them into its first line."
-            )
-        return list(reader)

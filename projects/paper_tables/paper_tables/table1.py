@@ -1,49 +1,36 @@
-"""Table 1: measured gradient variance ratios of unit blocks beside theory, and beyond the table.
+"""Table 1 of the paper in its own design: two unit blocks with weights of unit variance.
 
-``unit_block`` says what is sampled. Three grids: the paper's group size on Linear blocks, other
-group sizes on Linear blocks, and convolutions; and stacks of blocks, where depth and residual
-sums enter. Every function returns rows, dicts ready to be printed or saved.
+Unit Gaussians x0 go through two blocks (Linear without bias, group norm, ReLU), W1 n_in × n_in and
+W2 n_in × n_out, all entries N(0, 1). Everything is measured on the second block, y = W2 u, z =
+GN(y), x = ReLU(z), with V(t) the biased variance of dL/dt over the features of one input:
+
+    A = V(u) / V(y)             Eq. 9    n_out Var[W] = n_out
+    B = σ² V(y) / V(z)          Eq. 22   1 + 4/n_g, with σ² the variance of y over its features
+    C = V(z) / V(x)             Eq. 26   the backward gain, ½
+    D = V(u) / V(x)             Eq. 30   (n_out / n_in) (1 + 4/n_g)
+
+A measured value is the mean of such ratios over inputs, as "an average over 10⁵ experiments" reads.
+Not said in the paper and chosen here: the first block has G groups too, 100 inputs share a pair of
+weight matrices, and L = Σ v·x with random v (``unit_block.LOSSES``: most other losses miss C).
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from itertools import product
+from collections.abc import Iterable
+from math import acos, pi, sqrt
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from gn_practical.activation_gain import ACTIVATIONS, activation_gain
 from gn_practical.analysis import Row
-from gn_practical.num_groups import check_num_groups, gradient_variance_ratio
-from paper_tables.theory import (
-    exact_factor,
-    linear_input_correction,
-    paper_factor,
-    predicted_gradient_variance_ratio,
-    shared_fraction,
-    slope_moments,
-)
-from paper_tables.unit_block import (
-    estimate_ratios,
-    gradient_squares,
-    he_filters,
-    linear_gradients,
-    ratio_of_means,
-    relu_maps,
-)
+from gn_practical.num_groups import check_num_groups
+from paper_tables.paper_numbers import TABLE1
+from paper_tables.theory import exact_factor, paper_factor
+from paper_tables.unit_block import LOSSES, Estimate
 
-# (n_in, n_out, G). The paper's text was not at hand; what is known of its four rows is that all
-# have groups of four values. These have too, and K = 1 by Eq. 31.
-BLOCKS = ((128, 64, 16), (256, 128, 32), (512, 256, 64), (1024, 512, 128))
-GROUP_SIZES = (4, 5, 6, 8, 12, 16, 32, 64)
-CHANNEL_RATIOS = (1.5, 2, 4)
-
-EPS = 1e-5  # GroupNorm's; the variance of its input is 1 here
-_CHUNK = 8_000_000  # weights held at once
-_INPUTS_PER_DRAW = 100
+BLOCKS = tuple(TABLE1)  # (n_in, n_out, G)
+RATIOS = ("A", "B", "C", "D")
+INPUTS_PER_DRAW = 100
 
 
 def table1_rows(
@@ -52,318 +39,153 @@ def table1_rows(
     seed: int = 0,
     loss: str = "random",
 ) -> list[Row]:
-    """Measure A, B, C and D of Linear unit blocks beside the paper's theory and the exact one.
+    """Measure A, B, C and D beside the paper's measured and theoretical numbers and exact theory.
 
     Args:
         blocks: (n_in, n_out, G) of each row.
-        experiments: inputs per row, 100 of them through each weight matrix.
+        experiments: inputs per row, 100 of them through each pair of weight matrices.
         seed: of the random numbers; the same table again for the same seed and thread count.
         loss: a name in ``unit_block.LOSSES``.
 
     Raises:
-        ValueError: for fewer than 200 experiments, groups that do not divide, an unknown loss.
+        ValueError: for fewer than 200 experiments, groups that do not divide, an unknown loss, or
+            one whose gradient has no variance.
 
     Example:
         >>> rows = table1_rows([(16, 8, 1)], experiments=400)
         >>> [row["ratio"] for row in rows]
         ['A', 'B', 'C', 'D']
     """
+    check_experiments(experiments)
+    blocks, draws = list(blocks), experiments // INPUTS_PER_DRAW
     rows = []
-    for block, squares in _measure(blocks, experiments, seed, loss):
-        paper, exact = _theory(*block)
-        for name, measured in estimate_ratios(squares).items():
-            rows.append(
-                {
-                    **dict(zip(("n_in", "n_out", "G"), block, strict=True)),
-                    "ratio": name,
-                    "measured": measured.mean,
-                    "error": measured.error,
-                    "exact": exact[name],
-                    "eqs": paper[name],
-                    "agrees": "yes" if measured.agrees(exact[name]) else "NO",
-                }
-            )
+    with tqdm(total=len(blocks) * draws, unit="draw", disable=None) as progress:
+        for block in blocks:
+            generator = torch.Generator().manual_seed(seed)
+            progress.set_description("{} -> {}, G = {}".format(*block))
+            means = []
+            for _ in range(draws):
+                means.append(two_block_ratios(*block, INPUTS_PER_DRAW, loss, generator).mean(0))
+                progress.update()
+            rows += _rows_of_block(block, torch.stack(means))
     return rows
 
 
-def extended_rows(
-    group_sizes: Iterable[int] = GROUP_SIZES,
-    channel_ratios: Iterable[float] = CHANNEL_RATIOS,
-    out_features: int = 384,
-    experiments: int = 100_000,
-    seed: int = 0,
-    activation: str = "relu",
-) -> list[Row]:
-    """Measure K of Linear blocks over group sizes and n_in/n_out, beside both theories.
+def check_experiments(experiments: int) -> None:
+    """Raise ValueError where too few experiments give no standard error."""
+    if experiments < 2 * INPUTS_PER_DRAW:
+        raise ValueError(
+            f"experiments must be at least {2 * INPUTS_PER_DRAW}, got experiments={experiments}. "
+            f"{INPUTS_PER_DRAW} share their weights, and an error needs two draws of weights."
+        )
 
-    ``factor`` is K over (n_out/n_in) (B/F), without the part that is due to few input features, so
-    as to be read against ``exact factor`` and ``paper factor``. B is that of a group of n_g.
 
-    Args:
-        group_sizes: n_g; n_out is ``out_features`` less what makes it a multiple of 2 n_g.
-        channel_ratios: n_in / n_out.
-        out_features: about n_out.
-        experiments: inputs per row, 100 of them through each weight matrix.
-        seed: of the random numbers.
-        activation: name of the activation after the norm; the block's input remains a ReLU's.
+def two_block_ratios(
+    n_in: int,
+    n_out: int,
+    num_groups: int,
+    inputs: int,
+    loss: str = "random",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw the weights of two blocks once and return A, B, C and D of each input.
+
+    Shape:
+        output: (inputs, 4), float64.
 
     Raises:
         ValueError: as :func:`table1_rows`.
 
     Example:
-        >>> row = extended_rows([8], [2], out_features=16, experiments=400)[0]
-        >>> row["n_in"], row["n_out"], row["n_g"]
-        (32, 16, 8)
+        >>> two_block_ratios(16, 8, 2, inputs=5).shape
+        torch.Size([5, 4])
     """
-    blocks = []
-    for size, ratio in product(group_sizes, channel_ratios):
-        n_out = out_features - out_features % (2 * size)
-        blocks.append((round(ratio * n_out), n_out, n_out // size))
-    rows, backward = [], activation_gain(activation)[1]
-    for block, squares in _measure(blocks, experiments, seed, "random", activation):
-        n_in, n_out, groups = block
-        measured, size = estimate_ratios(squares)["D"], n_out // groups
-        gain = 2 * slope_moments(activation, size)[0]  # B/F; the input's F is ½
-        scale = n_in / n_out / gain / linear_input_correction(n_in)
-        exact = exact_factor(size, activation)
-        rows.append(
-            {
-                **{"n_g": size, "n_in": n_in, "n_out": n_out, "G": groups},
-                "K": measured.mean,
-                "K by Eq. 31": gradient_variance_ratio(*block, 0.5 / backward),
-                "factor": measured.mean * scale,
-                "error": measured.error * scale,
-                "exact factor": exact,
-                "paper factor": paper_factor(size),
-                "agrees": "yes" if measured.agrees(exact / scale) else "NO",
-            }
-        )
-    return rows
-
-
-# kernel, stride, padding, size, blur, shared before the ReLU
-_LAYOUTS = (
-    (1, 1, 0, 16, 1, 0.0),
-    (3, 1, 1, 16, 1, 0.0),
-    (3, 1, 1, 32, 1, 0.0),
-    (3, 1, 0, 16, 1, 0.0),
-    (3, 2, 1, 16, 1, 0.0),
-    (7, 2, 3, 16, 1, 0.0),
-    (3, 1, 1, 4, 1, 0.0),
-    (3, 1, 1, 16, 1, 0.5),
-    (3, 1, 1, 16, 1, 0.9),
-    (1, 1, 0, 16, 1, 0.9),
-    (3, 1, 1, 16, 5, 0.0),
-)
-
-
-def convolution_rows(
-    layouts: Iterable[tuple[int, int, int, int, int, float]] = _LAYOUTS,
-    groups: Iterable[int] = (1, 8, 16, 32),
-    in_channels: int = 128,
-    out_channels: int = 64,
-    draws: int = 48,
-    seed: int = 0,
-) -> list[Row]:
-    """Measure K of convolutions over kernel, stride, padding, size and spatial correlation.
-
-    Args:
-        layouts: (kernel, stride, padding, size, blur, shared) of each case; the last two are those
-            of ``unit_block.relu_maps``.
-        groups: G of each row.
-        in_channels: n_in.
-        out_channels: n_out.
-        draws: weights and pairs of images per row.
-        seed: of the random numbers.
-
-    Raises:
-        ValueError: for fewer than two draws or groups that do not divide.
-
-    Example:
-        >>> convolution_rows([(3, 2, 1, 8, 1, 0.0)], [1], 8, 4, draws=4)[0]["stride"]
-        2
-    """
-    cases = list(product(layouts, groups))
-    rows = []
-    for layout, num_groups in tqdm(cases, desc="convolutions", disable=None):
-        generator = torch.Generator().manual_seed(seed)
-        shape = in_channels, out_channels, num_groups
-        rows.append(_convolution_row(shape, layout, draws, generator))
-    return rows
-
-
-def _convolution_row(
-    shape: tuple[int, int, int],
-    layout: tuple[int, int, int, int, int, float],
-    draws: int,
-    generator: torch.Generator,
-) -> Row:
-    (n_in, n_out, groups), (kernel, stride, padding, size, blur, shared) = shape, layout
-    squares, fraction, x = [], 0.0, None
-    for _ in range(draws):
-        weight = he_filters(n_in, n_out, kernel, generator)
-        u = relu_maps(2, n_in, size, shared, blur, generator)
-        layer = partial(F.conv2d, weight=weight, stride=stride, padding=padding)
-        squares.append(gradient_squares(layer, u, groups, generator=generator))
-        x = layer(u)
-        fraction += shared_fraction(x) / draws
-    measured = estimate_ratios(torch.cat(squares))["D"]
-    predicted = predicted_gradient_variance_ratio(
-        *shape, in_size=size**2, out_size=x.shape[2] * x.shape[3], shared=fraction, eps=EPS
-    )
-    names = ("kernel", "stride", "padding", "size", "blur", "shared")
-    return {
-        **dict(zip(names, layout, strict=True)),
-        "r": fraction,
-        "G": groups,
-        "K": measured.mean,
-        "error": measured.error,
-        "predicted": predicted,
-        "off %": 100 * (measured.mean / predicted - 1),
-        "K by Eq. 31": gradient_variance_ratio(*shape),
-    }
-
-
-@dataclass(frozen=True)
-class Stack:
-    """A stack of 3×3 convolutional unit blocks on square maps.
-
-    Attributes:
-        blocks: (n_in, n_out, stride) of each.
-        residual: add each block's input to its output.
-        pooled: the loss sees means over pixels only, as behind a global average pooling.
-        calibrated: scale each norm's output by the γ that predicts K = 1.
-    """
-
-    blocks: tuple[tuple[int, int, int], ...] = ((64, 64, 1),) * 8
-    residual: bool = False
-    pooled: bool = False
-    calibrated: bool = False
-
-
-_STAGES = ((32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2))
-STACKS = {
-    "plain": Stack(),
-    "residual": Stack(residual=True),
-    "pooled": Stack(pooled=True),
-    "stages": Stack(_STAGES),
-    "calibrated": Stack(_STAGES, calibrated=True),
-}
-
-
-def stack_rows(
-    stack: Stack, num_groups: int = 16, size: int = 16, draws: int = 100, seed: int = 0
-) -> list[Row]:
-    """Measure K along a stack of convolutional unit blocks, beside the prediction.
-
-    Args:
-        stack: what to build; see ``STACKS``.
-        num_groups: G of every block.
-        size: height and width of the input.
-        draws: networks, each with two images.
-        seed: of the random numbers.
-
-    Raises:
-        ValueError: for groups that do not divide.
-
-    Example:
-        >>> len(stack_rows(Stack(((8, 8, 1), (8, 16, 2))), num_groups=2, size=4, draws=2))
-        2
-    """
-    for _, n_out, _ in stack.blocks:
-        check_num_groups(num_groups, n_out)
-    generator = torch.Generator().manual_seed(seed)
-    runs = [
-        _run_stack(stack, num_groups, size, generator)
-        for _ in tqdm(range(draws), desc="stacks", disable=None)
-    ]
-    gradients = torch.stack([run[0] for run in runs])
-    facts = torch.stack([run[1] for run in runs]).mean(dim=0).tolist()
-    rows = []
-    for i, (n_in, n_out, stride) in enumerate(stack.blocks):
-        moment, shared, predicted = facts[i]
-        measured = ratio_of_means(gradients[:, i], gradients[:, i + 1])
-        rows.append(
-            {
-                **{"block": i + 1, "n_in": n_in, "n_out": n_out, "stride": stride},
-                **{"G": num_groups, "E[u²]": moment, "r": shared},
-                **{"K": measured.mean, "error": measured.error, "predicted": predicted},
-                "K by Eq. 31": gradient_variance_ratio(n_in, n_out, num_groups),
-            }
-        )
-    return rows
-
-
-def _run_stack(
-    stack: Stack, num_groups: int, size: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Return V(u) of each block's input and of the output, and E[u²], r and predicted K."""
-    values = [relu_maps(2, stack.blocks[0][0], size, generator=generator).requires_grad_()]
-    facts = []
-    for n_in, n_out, stride in stack.blocks:
-        u = values[-1]
-        x = F.conv2d(u, he_filters(n_in, n_out, 3, generator), stride=stride, padding=1)
-        moment, shared = u.detach().square().mean().item(), shared_fraction(x)
-        sizes = {"in_size": u[0, 0].numel(), "out_size": x[0, 0].numel()}
-        ratio = predicted_gradient_variance_ratio(
-            n_in, n_out, num_groups, **sizes, shared=shared, gain_ratio=2 * moment
-        )
-        scale = ratio**-0.5 if stack.calibrated else 1.0
-        branch = scale * F.group_norm(x, num_groups).relu()
-        values.append(branch + u if stack.residual else branch)
-        facts.append((moment, shared, ratio * scale**2 + stack.residual))
-    output = values[-1].mean(dim=(2, 3)) if stack.pooled else values[-1]
-    upstream = torch.randn(output.shape, generator=generator)
-    gradients = torch.autograd.grad((output * upstream).sum(), values)
-    return torch.stack([g.square().mean() for g in gradients]).double(), torch.tensor(facts)
-
-
-def _measure(
-    blocks: Iterable[tuple[int, int, int]],
-    experiments: int,
-    seed: int,
-    loss: str,
-    activation: str = "relu",
-) -> Iterator[tuple[tuple[int, int, int], Tensor]]:
-    """Run the experiments of each block in chunks of weight matrices, with a progress bar."""
-    if experiments < 2 * _INPUTS_PER_DRAW:
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got loss={loss!r}.")
+    for channels in (n_in, n_out):
+        check_num_groups(num_groups, channels)
+    first = torch.randn(n_in, n_in, generator=generator)
+    second = torch.randn(n_in, n_out, generator=generator)
+    x0 = torch.randn(inputs, n_in, generator=generator)
+    u = F.group_norm(x0 @ first, num_groups).relu().requires_grad_()
+    y = u @ second
+    z = F.group_norm(y, num_groups)
+    x = z.relu()
+    value = LOSSES[loss](x, torch.randn(x.shape, generator=generator))
+    gradients = torch.autograd.grad(value, (u, y, z, x))
+    of_u, of_y, of_z, of_x = (g.var(dim=1, correction=0).double() for g in gradients)
+    if not (of_z.all() and of_x.all()):
         raise ValueError(
-            f"experiments must be at least {2 * _INPUTS_PER_DRAW}, got experiments={experiments}. "
-            f"{_INPUTS_PER_DRAW} share a weight matrix, and an error needs two matrices."
+            f"dL/dx must vary over the features, got loss={loss!r}, whose gradient is the same for "
+            "each or zero: no ratio can be taken. Choose another loss, or groups of more values."
         )
-    blocks = list(blocks)
-    draws = experiments // _INPUTS_PER_DRAW
-    with tqdm(total=len(blocks) * draws, unit="draw", disable=None) as progress:
-        for block in blocks:
-            generator = torch.Generator().manual_seed(seed)
-            progress.set_description("{} -> {}, G = {}".format(*block))
-            chunk = max(1, _CHUNK // (block[0] * block[1]))
-            parts = []
-            for start in range(0, draws, chunk):
-                now = min(chunk, draws - start)
-                part = linear_gradients(
-                    *(*block, now, _INPUTS_PER_DRAW),
-                    loss=loss,
-                    activation=ACTIVATIONS[activation],
-                    generator=generator,
-                )
-                parts.append(part)
-                progress.update(now)
-            yield block, torch.cat(parts)
+    sigma2 = y.detach().var(dim=1, correction=0).double()
+    return torch.stack([of_u / of_y, sigma2 * of_y / of_z, of_z / of_x, of_u / of_x], dim=1)
 
 
-def _theory(n_in: int, n_out: int, groups: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Return A, B, C and D by the paper's equations, and exactly."""
-    size = n_out // groups
-    weight = 2 * n_out / n_in
-    paper = {"A": weight, "B": paper_factor(size), "C": 0.5}
-    # dL/dx is orthogonal to x = W u: one of n_in directions of the weights is lost.
-    kept = (n_in - 1) / n_in
-    exact = {
-        "A": weight * kept,
-        "B": exact_factor(size, eps=EPS) * linear_input_correction(n_in) / kept,
+def exact_ratios(n_in: int, n_out: int, num_groups: int) -> dict[str, float]:
+    """Return what the measured A, B, C and D tend to, up to terms in 1/n_out².
+
+    Where the paper has n_out Var[W], 1 + 4/n_g and their product, a mean over inputs of ratios of
+    variances over features has small terms more:
+
+    - dL/du is orthogonal to u (the norm takes out every rescaling of y), and the variance leaves
+      out its mean; 1 and u have the cosine 1/√π, so A loses 1 and 1 - 1/π of n_in directions.
+    - V(z) leaves out a mean, V(y) has none: B and D gain 1 / (1 - 1/n_out).
+    - σ² of an input contains the s² of its groups, which 1/s² takes back: of σ²/s² = n/(n - 3) a
+      group keeps 1 with itself, whence n/(n - 3) · (1 - 1/G) + 1/G in B.
+    - |u|² fluctuates, and with it 1/s² against the mean: D (`_norm_fluctuation`).
+
+    Example:
+        >>> exact = exact_ratios(1024, 512, 128)
+        >>> round(exact["A"], 2), round(exact["B"], 3), exact["C"], round(exact["D"], 3)
+        (511.16, 1.992, 0.5, 1.001)
+    """
+    n_g = n_out // num_groups
+    factor = exact_factor(n_g)
+    weight = n_out * (1 - 1 / n_in) * (1 - (1 - 1 / pi) / (n_in - 1))
+    lost_mean = 1 / (1 - 1 / n_out)
+    with_itself = (1 - 1 / num_groups) + (1 - 3 / n_g) / num_groups
+    fluctuation = 1 + _norm_fluctuation(n_in, num_groups)
+    return {
+        "A": weight,
+        "B": factor * with_itself * lost_mean,
         "C": 0.5,
+        "D": weight / n_in * factor * lost_mean * fluctuation,
     }
-    for theory in (paper, exact):
-        theory["D"] = theory["A"] * theory["B"] * theory["C"]
-    return paper, exact
+
+
+def _norm_fluctuation(channels: int, num_groups: int) -> float:
+    """Return Var[|u|²] / E[|u|²]² of u = ReLU(GN), groups of independent Gaussians.
+
+    In a group of n the normalized values lie on a sphere of radius √n, orthogonal to 1: two of them
+    have the correlation -1/(n - 1), their moments of order four are (n - 1)/(n + 1) of Gaussians',
+    and E[relu(a)² relu(b)²] of Gaussians is the arc-cosine kernel of order two.
+    """
+    n = channels // num_groups
+    if n < 2:
+        return 0.0
+    cosine = -1 / (n - 1)
+    angle = acos(cosine)
+    kernel = 3 * sqrt(1 - cosine**2) * cosine + (pi - angle) * (1 + 2 * cosine**2)
+    fourth = (n - 1) / (n + 1) * (n * 1.5 + n * (n - 1) * kernel / (2 * pi))
+    return (fourth / (n / 2) ** 2 - 1) / num_groups
+
+
+def _rows_of_block(block: tuple[int, int, int], means: Tensor) -> list[Row]:
+    n_in, n_out, groups = block
+    exact, factor = exact_ratios(*block), paper_factor(n_out // groups)
+    eqs = {"A": n_out, "B": factor, "C": 0.5, "D": n_out / n_in * factor}
+    rows = []
+    for name, value, spread in zip(RATIOS, means.mean(0), means.std(0), strict=True):
+        measured = Estimate(value.item(), (spread / len(means) ** 0.5).item())
+        rows.append(
+            {
+                **{"n_in": n_in, "n_out": n_out, "G": groups, "ratio": name},
+                **{"measured": measured.mean, "error": measured.error, "exact": exact[name]},
+                "agrees": "yes" if measured.agrees(exact[name]) else "NO",
+                "paper, theory": eqs[name],
+                "paper, measured": TABLE1.get(block, {}).get(name, ""),
+            }
+        )
+    return rows

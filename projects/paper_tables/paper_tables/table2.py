@@ -1,11 +1,6 @@
-"""Table 2: gains of eleven activations at three widths, beside the paper's and a Monte Carlo check.
+"""Table 2: gains of eleven activations at three widths, beside the paper's and sampled ones."""
 
-The paper's text was not at hand when this was written: neither its numbers nor its list of eleven
-activations is known here, and none is made up. ``read_paper`` takes them from a CSV file.
-"""
-
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,20 +12,11 @@ from gn_practical.activation_gain import (
     resolve_activation,
 )
 from gn_practical.analysis import Row
-from paper_tables.files import read_rows
+from paper_tables.paper_numbers import TABLE2, TABLE2_ACTIVATIONS, TABLE2_SAMPLES
 
-# Our choice: the activations in common use, first those with one scale (B/F = 1 at every σ).
-TABLE2_ACTIVATIONS = (
-    *("relu", "leaky_relu", "prelu", "elu", "selu", "gelu", "silu", "mish"),
-    *("softplus", "tanh", "sigmoid"),
-)
 SIGMAS = (0.1, 1.0, 10.0)
-PAPER_SAMPLES = 10_000_000
-NOT_AT_HAND = "not at hand"
 QUANTITIES = ("F", "B", "B/F")
 _CHUNK = 50_000
-
-PaperNumbers = dict[tuple[str, float, str], str]
 
 
 def table2_rows(
@@ -38,12 +24,13 @@ def table2_rows(
     sigmas: Iterable[float] = SIGMAS,
     samples: int = 0,
     seed: int = 0,
-    paper: PaperNumbers | None = None,
+    paper: Mapping[tuple[str, float, str], str] = TABLE2,
 ) -> list[Row]:
     """Compute F, B and B/F by quadrature, beside the paper's numbers and a Monte Carlo check.
 
-    ``off`` says where the paper's number differs by more than half a unit of its last digit and
-    three standard errors of the paper's own 10⁷ samples; ``sampled`` and ``z`` are the check by
+    ``off`` says where the paper's number differs by more than half a unit of its last digit:
+    "sampling" where that and three standard errors of the paper's own 10⁷ samples contain ours,
+    "OFF" where they do not; ``sampled`` and ``z`` are the check by
     ``samples`` points: its mean, and its distance from the quadrature in standard errors.
 
     Args:
@@ -51,7 +38,7 @@ def table2_rows(
         sigmas: standard deviations σ.
         samples: Monte Carlo points per activation and σ; 0 for none.
         seed: of the Monte Carlo points.
-        paper: the paper's numbers as printed, from :func:`read_paper`.
+        paper: numbers as printed, {(activation, σ, "F", "B" or "B/F"): digits}.
 
     Raises:
         ValueError: as ``activation_gain``.
@@ -67,13 +54,13 @@ def table2_rows(
         forward, backward = activation_gain(name, sigma)
         ours = dict(zip(QUANTITIES, (forward, backward, backward / forward), strict=True))
         sampled = _sampled_gain(name, sigma, samples, seed) if samples else {}
+        spread = _sampled_errors(name, sigma, TABLE2_SAMPLES)
         for quantity in QUANTITIES:
-            printed = (paper or {}).get((name, sigma, quantity))
+            printed = paper.get((name, sigma, quantity))
             row = {"activation": name, "sigma": sigma, "gain": quantity, "ours": ours[quantity]}
-            row |= {"paper": printed or NOT_AT_HAND, "off": ""}
+            row |= {"paper": printed or "", "off": ""}
             if printed:
-                spread = _sampled_errors(name, sigma, PAPER_SAMPLES)[quantity]
-                row["off"] = "OFF" if _differs(ours[quantity], printed, spread) else ""
+                row["off"] = _difference(ours[quantity], printed, spread[quantity])
             if samples:
                 mean, error = sampled[quantity]
                 row |= {"sampled": mean, "z": (mean - ours[quantity]) / max(error, 1e-12)}
@@ -81,35 +68,27 @@ def table2_rows(
     return rows
 
 
-def read_paper(path: str | Path) -> PaperNumbers:
-    """Read the paper's numbers from a CSV file with the columns activation, sigma, F, B and B/F.
-
-    The numbers stay text: the digits that are printed tell how they were rounded.
-
-    Raises:
-        ValueError: for a file that is missing, lacks a column, or holds something else.
+def summary(rows: Sequence[Row]) -> str:
+    """Return one sentence on how many of the paper's numbers differ, and by what.
 
     Example:
-        >>> read_paper("paper_table2.csv")  # doctest: +SKIP
+        >>> summary([{"paper": "0.53", "off": "OFF"}])[:43]
+        '1 of 1 numbers differ by more than rounding'
     """
-    numbers = {}
-    for row in read_rows(path, ("activation", "sigma", *QUANTITIES)):
-        for quantity in QUANTITIES:
-            try:
-                float(row[quantity])
-                numbers[row["activation"].lower(), float(row["sigma"]), quantity] = row[quantity]
-            except ValueError:
-                raise ValueError(
-                    f"{path} must hold numbers, got {quantity}={row[quantity]!r} for "
-                    f"{row['activation']} at sigma={row['sigma']!r}. Correct that line."
-                ) from None
-    return numbers
+    printed = [row["off"] for row in rows if row["paper"]]
+    off = printed.count("OFF")
+    return (
+        f"{len(printed) - printed.count('')} of {len(printed)} numbers differ by more than "
+        f"rounding: {printed.count('sampling')} within 3 standard errors of 10⁷ samples, {off} not."
+    )
 
 
-def _differs(ours: float, printed: str, error: float) -> bool:
-    mantissa, _, exponent = printed.lower().partition("e")
-    digits = len(mantissa.partition(".")[2]) - int(exponent or 0)
-    return abs(ours - float(printed)) > 0.5 * 10.0**-digits + 3 * error
+def _difference(ours: float, printed: str, error: float) -> str:
+    rounding = 0.5 * 10.0 ** -len(printed.partition(".")[2])
+    distance = abs(ours - float(printed))
+    if distance <= rounding + 1e-12:
+        return ""
+    return "sampling" if distance <= rounding + 3 * error else "OFF"
 
 
 def _sampled_gain(
@@ -117,17 +96,17 @@ def _sampled_gain(
 ) -> dict[str, tuple[float, float]]:
     """Return mean and standard error of F, B and B/F over Gaussian samples.
 
-    The samples are float32, as in a network; small chunks keep their sums exact enough.
+    F is over the samples' own variance, as Definition 2 reads. The samples are float32, as in a
+    network; small chunks keep their sums exact enough.
     """
     generator = torch.Generator().manual_seed(seed)
-    means, products = torch.zeros(2).double(), torch.zeros(2, 2).double()
+    means, products = torch.zeros(3).double(), torch.zeros(3, 3).double()
     for start in range(0, samples, _CHUNK):
         z = torch.randn(min(_CHUNK, samples - start), generator=generator) * sigma
-        squares = elementwise_squares(*resolve_activation(name), z)
-        means += squares.sum(dim=1) / samples
-        products += squares @ squares.T / samples
-    scale = torch.tensor([sigma**-2, 1.0], dtype=torch.float64)
-    return _moments(means * scale, products * scale * scale[:, None], samples)
+        squares = torch.vstack([elementwise_squares(*resolve_activation(name), z), z.square()])
+        means += squares.double().sum(dim=1) / samples
+        products += (squares @ squares.T).double() / samples
+    return _gains(means, products, samples)
 
 
 def _sampled_errors(name: str, sigma: float, samples: int) -> dict[str, float]:
@@ -137,13 +116,20 @@ def _sampled_errors(name: str, sigma: float, samples: int) -> dict[str, float]:
     return {quantity: error * (few / samples) ** 0.5 for quantity, (_, error) in found.items()}
 
 
-def _moments(means: Tensor, products: Tensor, samples: int) -> dict[str, tuple[float, float]]:
-    forward, backward = means.tolist()
-    ratio = backward / forward
+def _gains(means: Tensor, products: Tensor, samples: int) -> dict[str, tuple[float, float]]:
+    """Turn moments of f(z)², f'(z)² and z² into the gains, errors by the delta method."""
+    forward, backward, width = means.tolist()
     covariance = products - torch.outer(means, means)
-    # The ratio's by the delta method: that of (B - ratio F) / F.
-    slopes = {"F": (1.0, 0.0), "B": (0.0, 1.0), "B/F": (-ratio / forward, 1 / forward)}
-    values = {"F": forward, "B": backward, "B/F": ratio}
+    slopes = {
+        "F": (1 / width, 0.0, -forward / width**2),
+        "B": (0.0, 1.0, 0.0),
+        "B/F": (-backward * width / forward**2, width / forward, backward / forward),
+    }
+    values = {
+        "F": forward / width,
+        "B": backward,
+        "B/F": backward * width / forward,
+    }
     result = {}
     for quantity, slope in slopes.items():
         slope = torch.tensor(slope, dtype=torch.float64)

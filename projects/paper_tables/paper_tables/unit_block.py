@@ -13,7 +13,8 @@ draw's inputs: u = ReLU of unit Gaussians, so that σ² = Var[x] = 1, and the lo
 
 The loss is L = Σ v·z with v ~ N(0, 1) independent of everything, so that dL/dz = v. This gives
 C = ½. A plain sum has dL/dz = 1, whose variance is zero, and most of it is projected out by the
-normalization. With half the squared distance to a random target, dL/dz depends on z: C = ⅔.
+normalization. Half a sum of squares has dL/dz = z, which is zero where the ReLU is: C = 1. With
+half the squared distance to a random target it is z - v: C = ⅔ in mean squares.
 """
 
 from collections.abc import Callable
@@ -27,8 +28,9 @@ from gn_practical.num_groups import check_num_groups
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "random": lambda z, v: (z * v).sum(),
-    "square": lambda z, v: 0.5 * (z - v).square().sum(),
+    "distance": lambda z, v: 0.5 * (z - v).square().sum(),
     "sum": lambda z, v: z.sum(),
+    "squares": lambda z, v: 0.5 * z.square().sum(),
 }
 RATIOS = {"A": (0, 1), "B": (1, 2), "C": (2, 3), "D": (0, 3)}
 
@@ -108,7 +110,6 @@ def linear_gradients(
     draws: int,
     inputs_per_draw: int,
     *,
-    loss: str = "random",
     activation: Callable[[Tensor], Tensor] = torch.relu,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -120,7 +121,6 @@ def linear_gradients(
         num_groups: G.
         draws: weight matrices, all held at once.
         inputs_per_draw: inputs through each of them.
-        loss: a name in ``LOSSES``.
         activation: f.
         generator: source of the random numbers.
 
@@ -142,7 +142,6 @@ def linear_gradients(
         u,
         num_groups,
         draws=draws,
-        loss=loss,
         activation=activation,
         generator=generator,
     )

@@ -8,15 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from paper_tables.beyond import Stack, convolution_rows, extended_rows, stack_rows
 from paper_tables.files import check_output, save_rows
-from paper_tables.table1 import (
-    Stack,
-    convolution_rows,
-    extended_rows,
-    stack_rows,
-    table1_rows,
-)
-from paper_tables.table2 import SIGMAS, TABLE2_ACTIVATIONS, read_paper, table2_rows
+from paper_tables.paper_numbers import TABLE2, TABLE2_ACTIVATIONS
+from paper_tables.table1 import exact_ratios, table1_rows, two_block_ratios
+from paper_tables.table2 import SIGMAS, summary, table2_rows
 from paper_tables.theory import (
     exact_factor,
     linear_input_correction,
@@ -127,19 +123,44 @@ def test_plain_sum_is_projected_out():
         estimate_ratios(torch.zeros(3, 4))
 
 
-def test_table_is_reproducible_and_its_stages_multiply():
+def test_table1_is_reproducible():
     first, second = (table1_rows([(32, 16, 2)], experiments=400, seed=3) for _ in range(2))
     assert first == second
-    a, b, c, d = (row["measured"] for row in first)
-    assert a * b * c == pytest.approx(d, rel=1e-6)
     assert table1_rows([(32, 16, 2)], experiments=400, seed=4) != first
 
 
-def test_isometry_at_the_papers_group_size():
-    rows = table1_rows([(256, 128, 32)], experiments=10_000)
-    assert rows[-1]["eqs"] == 1.0
-    assert rows[-1]["agrees"] == "yes"
-    assert rows[-1]["measured"] == pytest.approx(1.0, abs=0.1)
+def test_table1_agrees_with_the_paper_and_with_exact_theory():
+    rows = table1_rows([(128, 64, 16)], experiments=20_000)
+    assert [row["agrees"] for row in rows] == ["yes"] * 4
+    assert [row["paper, theory"] for row in rows] == [64, 2, 0.5, 1]
+    assert [row["paper, measured"] for row in rows] == ["63.185", "1.900", "0.500", "0.992"]
+    # 64 is refuted, and the paper's own digits are met: its "empirical" A is no noise about 64.
+    assert abs(rows[0]["measured"] - 63.185) < 3 * rows[0]["error"] < 0.5 < 64 - 63.185
+
+
+def test_exact_ratios_with_large_groups_where_nothing_has_heavy_tails():
+    means = torch.stack(
+        [
+            two_block_ratios(64, 48, 4, 100, generator=torch.Generator().manual_seed(seed)).mean(0)
+            for seed in range(60)
+        ]
+    )
+    errors = means.std(0) / 60**0.5
+    exact = torch.tensor(list(exact_ratios(64, 48, 4).values())).double()
+    assert ((means.mean(0) - exact).abs() < 4 * errors + 2e-3 * exact).all()
+    plain = torch.tensor([48.0, 1 + 4 / 12, 0.5, 48 / 64 * (1 + 4 / 12)]).double()
+    assert ((means.mean(0) - plain).abs() > 4 * errors + 2e-3 * exact).tolist() == [
+        *(True, True, False, True)
+    ]
+
+
+@pytest.mark.parametrize(("loss", "backward"), [("random", 0.5), ("squares", 1.0)])
+def test_only_a_gradient_that_ignores_the_output_gives_the_backward_gain(loss, backward):
+    generator = torch.Generator().manual_seed(0)
+    ratios = two_block_ratios(64, 32, 8, 2000, loss, generator)
+    assert ratios[:, 2].mean() == pytest.approx(backward, rel=0.02)
+    with pytest.raises(ValueError, match="dL/dx must vary over the features, got loss='sum'"):
+        two_block_ratios(16, 8, 2, 5, "sum")
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
@@ -195,20 +216,15 @@ def test_table2_is_complete_and_sampling_agrees():
     rows = table2_rows(samples=20_000)
     assert len(rows) == 3 * len(TABLE2_ACTIVATIONS) * len(SIGMAS) == 99
     assert max(abs(row["z"]) for row in rows) < 4.5
-    assert {row["paper"] for row in rows} == {"not at hand"}
+    assert sum(row["paper"] != "" for row in rows) == 99
 
 
-def test_paper_numbers_are_compared_by_their_rounding(tmp_path):
-    path = tmp_path / "paper.csv"
-    path.write_text("activation,sigma,F,B,B/F\nReLU,1,0.500,0.53,1.000\n")
-    rows = table2_rows(["relu"], [1.0], paper=read_paper(path))
-    assert [row["off"] for row in rows] == ["", "OFF", ""]
-    path.write_text("activation,sigma,F,B,B/F\nrelu,1,half,0.5,1\n")
-    with pytest.raises(ValueError, match="must hold numbers, got F='half'"):
-        read_paper(path)
-    path.write_text("activation,sigma,F\n")
-    with pytest.raises(ValueError, match="none named B, B/F"):
-        read_paper(path)
+def test_the_paper_s_table2_differs_by_its_own_samples_alone():
+    rows = table2_rows()
+    assert len(TABLE2) == 99
+    assert summary(rows).startswith("17 of 99 numbers differ by more than rounding: 17 within")
+    wrong = {("relu", 1.0, "F"): "0.500", ("relu", 1.0, "B"): "0.53", ("relu", 1.0, "B/F"): "1.0"}
+    assert [r["off"] for r in table2_rows(["relu"], [1.0], paper=wrong)] == ["", "OFF", ""]
 
 
 @pytest.mark.parametrize("suffix", [".md", ".csv", ".json", ".txt"])
@@ -228,7 +244,7 @@ def test_scripts_print_and_save_their_tables(tmp_path, monkeypatch, capsys):
     output = tmp_path / "table.csv"
     block = ("--blocks", "32,16,2", "--experiments", 400, "--output", output)
     run_script(monkeypatch, "reproduce_table1.py", *block)
-    assert output.read_text().startswith("n_in,n_out,G,ratio,measured,error,exact,eqs,agrees")
+    assert output.read_text().startswith("n_in,n_out,G,ratio,measured,error,exact,agrees,")
     for grid in ("--extended", "--convolutions", "--stack=plain"):
         with pytest.raises(SystemExit, match="error: output must end with one of"):
             run_script(monkeypatch, "reproduce_table1.py", grid, "--output", "table.xls")
@@ -236,7 +252,7 @@ def test_scripts_print_and_save_their_tables(tmp_path, monkeypatch, capsys):
         run_script(monkeypatch, "reproduce_table1.py", "--blocks", "32x16")
     capsys.readouterr()
     run_script(monkeypatch, "reproduce_table2.py", "--activations", "relu")
-    assert capsys.readouterr().out.count("not at hand") == 9
+    assert "0 of 9 numbers differ" in capsys.readouterr().out
 
 
 def test_scripts_run_from_the_repository_s_folder():

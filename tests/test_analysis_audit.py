@@ -16,6 +16,7 @@ from gn_practical import PracticalGroupNorm, bind_group_norms, build_model
 from gn_practical.analysis.audit import audit_isometry
 from gn_practical.analysis.audit_report import format_audit, save_audit
 from gn_practical.analysis.blocks import choose_groups, find_unit_blocks
+from gn_practical.analysis.channel_statistics import ChannelStatistics
 from gn_practical.analysis.recorder import BlockRecorder, _inside
 from gn_practical.training.engine import load_cfg
 from gn_practical.training.engine.hooks import IsometryHook
@@ -279,6 +280,40 @@ def test_block_of_a_norm_that_was_bound_by_a_run():
     assert second.K_paper == 12 / 12
 
 
+def test_diagnosis_of_channels():
+    """Of four channels one is dead, one always on, and the last two are each other's mirror."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, 1, 8, 8, generator=generator)
+    base = pixels * torch.tensor([1.0, 1.0, 1.0, -1.0]).view(1, 4, 1, 1)
+    norm = nn.GroupNorm(4, 4)
+    with torch.no_grad():
+        norm.bias.copy_(torch.tensor([-9.0, 9.0, 0.0, 0.0]))
+    model = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), norm, nn.ReLU())
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(4)[..., None, None])
+    (row,) = audit_isometry(model, [base, base], random_loss)
+    assert (row.dead, row.always_on) == (0.25, 0.25)
+    assert row.effective_rank == pytest.approx(1, abs=0.1)  # one pattern in all four
+    common = base.mean(dim=(2, 3)).square().mean() / base.square().mean()
+    assert row.shared == pytest.approx(common.item(), rel=1e-5)
+
+
+def test_effective_rank_is_that_of_the_covariance():
+    statistics = ChannelStatistics()
+    values = torch.randn(4, 6, 300, generator=torch.Generator().manual_seed(0)) + 5
+    values[:, 4:] *= 10
+    statistics.add(values[:2])
+    statistics.add(values[2:])
+    rows = values.movedim(1, -1).reshape(-1, 6)
+    eigenvalues = torch.linalg.eigvalsh(torch.cov(rows.T.double()))
+    expected = eigenvalues.sum() ** 2 / eigenvalues.square().sum()
+    assert statistics.effective_rank() == pytest.approx(expected.item(), rel=0.05)
+    constant = ChannelStatistics()
+    constant.add(torch.ones(2, 3, 4))
+    assert constant.effective_rank() is None
+    assert ChannelStatistics().dead() is None
+
+
 def test_text_fits_into_a_screen(tmp_path):
     model = nn.Sequential(small_conv_net())
     for _ in range(4):
@@ -288,7 +323,7 @@ def test_text_fits_into_a_screen(tmp_path):
         model, [torch.randn(2, 3, 12, 12)], lambda m, x: random_loss(net, x), ["instance", 1]
     )
     text = save_audit(rows, tmp_path, {})
-    assert max(map(len, text.splitlines())) == 100
+    assert max(map(len, text.splitlines())) == 120
     assert "…" in text
     header = (tmp_path / "audit.csv").read_text().splitlines()[0].split(",")
     assert {"A", "B", "C", "gradient", "parent", "product_exact"} <= set(header)

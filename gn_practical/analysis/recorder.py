@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from gn_practical.activation_gain import ACTIVATIONS, activation_gain
 from gn_practical.analysis.blocks import UnitBlock, find_unit_blocks
+from gn_practical.analysis.channel_statistics import ChannelStatistics
 from gn_practical.analysis.exact_factor import convolution_factor
 from gn_practical.layers import WSConv2d, standardize_weight
 from gn_practical.modeling.sources import tensors
@@ -58,6 +59,10 @@ class BlockAudit:
     product_paper: float | None
     product_exact: float | None
     gradient: float | None  # V(z), the mean square of the gradient at the block's output
+    shared: float | None  # r: part of the norm's input that the pixels of a channel share
+    dead: float | None  # share of the channels that a ReLU makes zero everywhere
+    always_on: float | None  # share of the channels that it leaves as they are
+    effective_rank: float | None  # of the channels of the norm's output, from 1 to out_channels
 
 
 class BlockRecorder(TorchFunctionMode):
@@ -109,9 +114,13 @@ class BlockRecorder(TorchFunctionMode):
         return result
 
     def ratios(self) -> dict[str, dict[str, float]]:
-        """Return what was measured: path of the norm → A, B, C and K, without missing ones."""
+        """Return what was measured: path of the norm → A, B, C, K and what its channels do.
+
+        Missing ones are left out.
+        """
         return {
             meter.block.path: {name: value for name in RATIOS if (value := meter.ratio(name))}
+            | {name: v for name, v in meter.diagnosis().items() if v is not None}
             for meter in self._order
         }
 
@@ -151,6 +160,7 @@ class BlockRecorder(TorchFunctionMode):
             return
         y._last_block = (meter.depth, meter.block.path)
         y._norm_output = (meter, y._version)
+        meter.channels.add(y)
         if y.requires_grad:
             y.register_hook(partial(meter.add_gradient, "y"))
 
@@ -176,6 +186,7 @@ class _Meter:
         self.input_size: tuple[int, ...] = ()
         self._sums: dict[str, float | Tensor] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
+        self.channels = ChannelStatistics()
 
     def add_gradient(self, point: str, gradient: Tensor) -> None:
         self._add(point, _sum_of_squares(gradient), gradient.numel())
@@ -205,6 +216,21 @@ class _Meter:
     def ratio(self, name: str) -> float | None:
         above, below = map(self.mean, RATIOS[name])
         return above / below if above and below else None
+
+    def shared(self) -> float | None:
+        """Return r, the part of the second moment that the pixels of a channel have in common."""
+        variance = self.mean("signal")
+        return min(self.mean("common") / variance, 1.0) if variance else None
+
+    def diagnosis(self) -> dict[str, float | None]:
+        """Return what the forward pass tells of the channels."""
+        relu = self.activation == "relu"
+        return {
+            "shared": self.shared(),
+            "dead": self.channels.dead() if relu else None,
+            "always_on": self.channels.always_on() if relu else None,
+            "effective_rank": self.channels.effective_rank(),
+        }
 
     def _add(self, point: str, value: float | Tensor, count: int) -> None:
         self._sums[point] += value
@@ -261,6 +287,7 @@ def _row(choice: str, meter: _Meter, parent: BlockAudit | None) -> BlockAudit:
         *(*channels, groups),
         **values,
         gradient=meter.mean("z") or None,
+        **meter.diagnosis(),
     )
 
 
@@ -282,8 +309,7 @@ def _exact_ratio(meter: _Meter) -> float | None:
         weight_layer *= meter.mean("inside")
     size = norm.num_channels // meter.num_groups
     pixels = round(meter.counts["signal"] / meter.counts["samples"] / norm.num_channels)
-    shared = min(meter.mean("common") / variance, 1.0)
-    factor = convolution_factor(size, pixels, shared, norm.eps / variance)
+    factor = convolution_factor(size, pixels, meter.shared(), norm.eps / variance)
     return weight_layer * factor * scale / variance * gain
 
 

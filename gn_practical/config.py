@@ -10,6 +10,8 @@ _DEFAULTS = {
         # "paper": Algorithm 1 of arXiv:2302.03193.
         # "exact": the group size n_g = 3 + n_out / (n_in - n_out), from the factor
         # (n_g - 2) / (n_g - 3) in place of the paper's 1 + 4 / n_g; same clipping and divisor step.
+        # For comparisons: "16_channels" in a group, and "paper_or_32", 32 groups where a layer
+        # does not narrow.
         "RULE": "paper",
         # The activation that follows the norms, by its name in gn_practical.activation_gain: the
         # rule takes its forward over its backward gain (Section 2.3), 1 for the ReLU family. It

@@ -86,10 +86,42 @@ def exact_ideal_num_groups(
     return out_channels / (3 + out_channels / surplus)
 
 
+def sixteen_channels(
+    in_channels: int, out_channels: int, gain_ratio: float | Fraction = 1
+) -> Fraction:
+    """Return n_out / 16: groups of sixteen channels, a convention for layers of few channels.
+
+    Arguments and errors are those of :func:`ideal_num_groups`.
+
+    Example:
+        >>> sixteen_channels(256, 64)
+        Fraction(4, 1)
+    """
+    _check(in_channels, out_channels, gain_ratio)
+    return Fraction(out_channels, 16)
+
+
+def ideal_or_32(in_channels: int, out_channels: int, gain_ratio: float | Fraction = 1) -> Fraction:
+    """Return G_ideal (Eq. 32) where the layer narrows, r n_in > n_out, and 32 elsewhere.
+
+    Where a layer does not narrow no G gives K = 1, and the paper takes the smallest. On
+    convolutions K hardly depends on G, so nothing is lost by 32 there. Arguments and errors are
+    those of :func:`ideal_num_groups`.
+
+    Example:
+        >>> ideal_or_32(256, 128), ideal_or_32(64, 64), ideal_or_32(512, 64)
+        (Fraction(32, 1), Fraction(32, 1), Fraction(112, 1))
+    """
+    ideal = ideal_num_groups(in_channels, out_channels, gain_ratio)
+    return ideal if ideal > 0 else Fraction(32)
+
+
 # What MODEL.PGN.RULE may be: (n_in, n_out, gain ratio) to G_ideal before clipping.
 RULES: dict[str, Callable[[int, int, float | Fraction], Fraction]] = {
     "paper": ideal_num_groups,
     "exact": exact_ideal_num_groups,
+    "16_channels": sixteen_channels,
+    "paper_or_32": ideal_or_32,
 }
 
 
@@ -113,7 +145,7 @@ def practical_num_groups(
         out_channels: n_out, output channels of the weight layer.
         gain_ratio: r = F / B of the activation at unit variance (Section 2.3); 1 for ReLU.
         rule: what gives G_ideal, a name in ``RULES``: "paper" for Eq. 32, "exact" for
-            :func:`exact_ideal_num_groups`.
+            :func:`exact_ideal_num_groups`, "16_channels" and "paper_or_32" for comparisons.
 
     Returns:
         A divisor of ``out_channels``.

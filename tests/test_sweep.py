@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -16,6 +17,7 @@ import yaml
 from gn_practical.training.engine.signals import EXIT_INTERRUPTED
 from gn_practical.training.sweep import read_plan, report, run_all, runner, summarize
 from gn_practical.training.sweep.cluster import _minutes, submit_all
+from gn_practical.training.sweep.summary import holm
 from gn_practical.training.sweep.task import Task, is_finished
 
 SWEEP_FILES = sorted(
@@ -120,6 +122,14 @@ def test_the_sweeps_of_the_project_can_be_read(path):
     assert "SEED" not in keys
 
 
+def test_holm_s_correction():
+    # R: p.adjust(c(0.01, 0.02, 0.03, 0.5), "holm")
+    assert holm([0.02, 0.01, 0.5, 0.03]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    corrected = holm([math.nan, 0.4, 0.9])
+    assert math.isnan(corrected[0])
+    assert corrected[1:] == pytest.approx([0.8, 0.9])
+
+
 def test_table_of_means_spreads_and_paired_differences(sweep):
     plan = plan_of(sweep)
     assert run_all(plan, str(sweep / "out"), jobs=4) == []
@@ -133,6 +143,7 @@ def test_table_of_means_spreads_and_paired_differences(sweep):
     assert cell["difference_std"] == pytest.approx(0.3 / 2**0.5)
     # t = 30.45 / 0.15 = 203 with one degree of freedom: p = 1 - 2 atan(203) / pi
     assert cell["p_value"] == pytest.approx(0.0031360, rel=1e-3)
+    assert cell["difference_interval"] == pytest.approx(12.706 * 0.3 / 2, rel=1e-3)
     # the last twentieth: the last step
     assert first["metrics"]["train_loss"]["by_seed"][2] == 1 + 2 + 9
     assert "42.10 ± 0.99 (2)" in text

@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ def summarize(plan: Plan) -> list[dict[str, Any]]:
 
     A row is {setting, seconds, metrics: metric → numbers}. The numbers are the values by_seed of
     the finished runs, mean, std (with n - 1), the difference to the baseline's value of the same
-    seed, difference_std and p_value of the paired two-sided t-test; NaN where seeds are too few.
+    seed, difference_std, difference_interval (half of the 95 % confidence interval), p_value of
+    the paired two-sided t-test, and p_holm, which is corrected by Holm for the comparisons of
+    this metric in the sweep; NaN where seeds are too few.
 
     The metric "train_loss" is the mean of ``total_loss`` over the last twentieth of the iterations;
     any other is looked up in ``results.json``.
@@ -47,14 +49,34 @@ def summarize(plan: Plan) -> list[dict[str, Any]]:
         metrics = {m: _numbers(mine[m], other.get(m, {})) for m in plan.metrics}
         times = [read_record(run)["seconds"] for run in finished if run.setting == setting]
         rows.append({"setting": setting, "seconds": _mean_std(times)[0], "metrics": metrics})
+    for metric in plan.metrics:
+        cells = [row["metrics"][metric] for row in rows]
+        for cell, p_value in zip(cells, holm([c["p_value"] for c in cells]), strict=True):
+            cell["p_holm"] = p_value
     return rows
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p-values for their number by Holm's step-down method; NaN stay and do not count.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    corrected, largest = list(p_values), 0.0
+    for rank, (p, i) in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p))
+        corrected[i] = largest
+    return corrected
 
 
 def _markdown(plan: Plan, rows: list[dict[str, Any]]) -> str:
     """The table for people: mean ± standard deviation (number of seeds), difference, p."""
     headers = [*plan.axes]
     for metric in plan.metrics:
-        headers += [metric.rpartition("/")[2], *(["difference", "p"] if plan.baseline else [])]
+        compared = ["difference", "p", "p (Holm)"] if plan.baseline else []
+        headers += [metric.rpartition("/")[2], *compared]
     lines = []
     for row in rows:
         line = [*row["setting"].values()]
@@ -62,8 +84,8 @@ def _markdown(plan: Plan, rows: list[dict[str, Any]]) -> str:
             digits = 2 if abs(cell["mean"]) >= 0.1 else 4  # percents two, small losses four
             line.append(f"{_spread(cell['mean'], cell['std'], digits)} ({len(cell['by_seed'])})")
             if plan.baseline:
-                line.append(_spread(cell["difference"], cell["difference_std"], digits, "+"))
-                line.append("-" if math.isnan(cell["p_value"]) else f"{cell['p_value']:.2g}")
+                line.append(_spread(cell["difference"], cell["difference_interval"], digits, "+"))
+                line += ["-" if math.isnan(p) else f"{p:.2g}" for p in _p_values(cell)]
         lines.append([*line, "-" if math.isnan(row["seconds"]) else f"{row['seconds']:.0f} s"])
     table = tabulate(lines, [*headers, "time a run"], tablefmt="pipe", disable_numparse=True)
     return f"{table}\n\n{_legend(plan, rows)}\n"
@@ -106,7 +128,15 @@ def _numbers(mine: dict[int, float], other: dict[int, float]) -> dict[str, Any]:
     difference, spread = _mean_std(pairs)
     p_value = float(stats.ttest_1samp(pairs, 0).pvalue) if spread > 0 else math.nan
     numbers = {"by_seed": mine, "mean": mean, "std": std, "difference": difference}
-    return {**numbers, "difference_std": spread, "p_value": p_value}
+    numbers |= {"difference_std": spread, "difference_interval": math.nan, "p_value": p_value}
+    if len(pairs) > 1:
+        quantile = float(stats.t.ppf(0.975, len(pairs) - 1))
+        numbers["difference_interval"] = quantile * spread / len(pairs) ** 0.5
+    return numbers
+
+
+def _p_values(cell: dict[str, Any]) -> tuple[float, float]:
+    return cell["p_value"], cell["p_holm"]
 
 
 def _mean_std(values: Collection[float]) -> tuple[float, float]:
@@ -128,6 +158,9 @@ def _legend(plan: Plan, rows: list[dict[str, Any]]) -> str:
     text = f"Mean ± standard deviation over seeds (number of seeds); {runs}"
     if plan.baseline:
         labels = ", ".join(f"{axis} {label}" for axis, label in plan.baseline.items())
-        test = "p is of the two-sided paired t-test, not corrected for the number of comparisons."
-        text += f" Differences are to {labels}, paired by seed; {test}"
+        text += (
+            f" Differences are to {labels}, paired by seed, with half of their 95 % confidence "
+            "interval; p is of the two-sided paired t-test, beside it corrected by Holm for the "
+            "comparisons of a column."
+        )
     return text

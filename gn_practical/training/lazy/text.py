@@ -1,6 +1,7 @@
 """A LazyConfig as plain YAML, which a checkpoint can hold and nobody has to run to read."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -67,5 +68,6 @@ def _name(value: Any) -> str:
 def _description(value: Any) -> str:
     code = getattr(value, "__code__", None)
     if code is not None:
-        return f"<{value.__qualname__} in {code.co_filename}, line {code.co_firstlineno}>"
+        file = os.path.basename(code.co_filename)
+        return f"<{value.__qualname__} in {file}, line {code.co_firstlineno}>"
     return f"<{type(value).__module__}.{type(value).__qualname__}>"

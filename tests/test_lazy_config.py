@@ -20,6 +20,7 @@ from gn_practical.training.lazy import (
     find_file,
     load_lazy_config,
 )
+from gn_practical.training.lazy.keys import KEYS
 from gn_practical.training.lazy.text import as_yaml
 from gn_practical.training.lazy.words import in_lazy_words
 from gn_practical.weights.describe import describe, describe_config
@@ -209,3 +210,14 @@ def test_a_saved_config_is_found_by_detectron2s_reader_too(tmp_path):
     again = LazyConfig.load(str(path))
     assert again.dataloader.test.mapper.image_format == "BGR"
     assert load_lazy_config(str(path)).dump() == path.read_text()
+
+
+def test_every_key_is_listed():
+    page = (ROOT / "docs/lazyconfig.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    for path in KEYS:
+        node, _, key = path.partition(".")
+        if node == "train":
+            assert f"`{path}`" in page
+        elif node in ("pgn", "ws", "datasets"):
+            assert any(row.startswith(f"| `{node}` |") and f"`{key}`" in row for row in rows), path

@@ -21,10 +21,11 @@ def as_yaml(lazy: DictConfig) -> str:
 
     Example:
         >>> from detectron2.config import LazyCall
-        >>> print(as_yaml(DictConfig({"model": LazyCall(dict)(width=8)})).strip())
-        model:
-          width: 8
-          _target_: builtins.dict
+        >>> from torch import nn
+        >>> print(as_yaml(DictConfig({"norm": LazyCall(nn.LayerNorm)(eps="${..eps}")})).strip())
+        norm:
+          eps: ${..eps}
+          _target_: torch.nn.modules.normalization.LayerNorm
     """
     # Interpolations ("${..lr}") stay as they are written.
     instantiate = SCMode.INSTANTIATE

@@ -155,6 +155,13 @@ def test_overrides_that_cannot_be_are_one_line(words, message):
         load_lazy_config(TINY, words)
 
 
+def test_an_evaluation_needs_an_evaluator():
+    words = ["dataloader.evaluator=null", "train.init_checkpoint="]
+    assert load_lazy_config(TINY, words).MODEL.WEIGHTS == ""
+    with pytest.raises(ValueError, match=r"dataloader.evaluator must be there for an evaluation"):
+        load_lazy_config(TINY, words, eval_only=True)
+
+
 def test_keys_that_are_there_may_be_changed_and_others_added(caplog):
     words = ["train.seed=3", "+train.mine.too=1", "optimizer.nesterov=True", "optimizer.lr=1"]
     cfg = load_lazy_config(TINY, [*words, "dataloader.evaluator.0.tasks=[bbox]"])

@@ -70,7 +70,7 @@ from gn_practical.training.validation import check_datasets
 def setup(args: Namespace) -> LazyRunConfig:
     """Run the config, set up folder and logs, and check all that is known before a model is."""
     args.config_file = find_file(args.config_file)
-    cfg = load_lazy_config(args.config_file, args.opts)
+    cfg = load_lazy_config(args.config_file, args.opts, eval_only=args.eval_only)
     default_setup(cfg, args)
     log_in_lazy_words()
     check_run(cfg, args.eval_only, args.resume)

@@ -45,7 +45,9 @@ class _Whole:
         return self
 
 
-def load_lazy_config(config_file: str, opts: Sequence[str] = ()) -> LazyRunConfig:
+def load_lazy_config(
+    config_file: str, opts: Sequence[str] = (), *, eval_only: bool = False
+) -> LazyRunConfig:
     """Run a Python config and take ``path.key=value`` overrides.
 
     Reading such a file runs its code. The data sets of ``datasets.coco_instances`` and
@@ -55,6 +57,7 @@ def load_lazy_config(config_file: str, opts: Sequence[str] = ()) -> LazyRunConfi
         config_file: path of a LazyConfig, ``.py`` or as YAML; or the name of one of Detectron2's,
             as "COCO-Detection/retinanet_R_50_FPN_1x.py".
         opts: overrides in hydra's syntax, of keys that exist; ``+path.key=value`` adds one.
+        eval_only: the run is an evaluation, which needs ``dataloader.evaluator``.
 
     Returns:
         A frozen config.
@@ -67,6 +70,11 @@ def load_lazy_config(config_file: str, opts: Sequence[str] = ()) -> LazyRunConfi
     override(lazy, opts)
     check_keys(lazy)
     cfg = _run_config(lazy)
+    if eval_only and not cfg.DATASETS.TEST:
+        raise ValueError(
+            "dataloader.evaluator must be there for an evaluation, got "
+            f"dataloader.evaluator={lazy.dataloader.get('evaluator')}. Add one to the config."
+        )
     cfg.__dict__["recipe"] = recipe
     register_datasets(cfg)
     cfg.freeze()

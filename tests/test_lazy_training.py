@@ -2,17 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import LazyCall
 from detectron2.data import build_detection_train_loader
+from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.evaluation import DatasetEvaluator
 from tool_train_net import load, run
 
-from gn_practical.training.data import ensure_scenes
+from gn_practical.training.data import DatasetError, ensure_scenes
 from gn_practical.training.data.loader import TrainLoader
 from gn_practical.training.evaluation.panoptic import PanopticEvaluator
 from gn_practical.training.lazy import LazyTrainer, load_lazy_config
@@ -198,3 +202,63 @@ def test_loaders_and_evaluators_of_detectron2_are_replaced_and_others_left(words
     assert isinstance(LazyTrainer.build_train_loader(cfg), Endless)
     cfg.lazy.dataloader.evaluator = {"_target_": DatasetEvaluator}
     assert type(LazyTrainer.build_evaluator(cfg, "few_val_separated")) is DatasetEvaluator
+
+
+def test_a_file_that_cannot_be_read_is_named_and_may_be_skipped(words, scenes, tmp_path):
+    broken = tmp_path / "images"
+    shutil.copytree(scenes[0][1], broken)
+    first = sorted(broken.iterdir())[0]
+    first.write_bytes(first.read_bytes()[:200])
+    words[0] = f"datasets.coco_panoptic={json.dumps([['cut', str(broken), *scenes[0][2:]]])}"
+    words[1] = "dataloader.train.dataset.names=cut_separated"
+
+    def images(*more):
+        cfg = load_lazy_config(str(TINY), [*words, "dataloader.evaluator=null", *more])
+        loader = iter(LazyTrainer.build_train_loader(cfg))
+        return [sample["file_name"] for _ in range(5) for sample in next(loader)]
+
+    with pytest.raises(DatasetError, match=rf"{first.name} must be a whole image"):
+        images()
+    (tmp_path / "out").mkdir()
+    assert str(first) not in images("train.max_skipped_samples=1")
+    skipped = json.loads((tmp_path / "out/skipped_samples.json").read_text())
+    assert skipped["file_name"] == str(first)
+
+
+def test_a_sampler_of_the_config_is_kept_and_follows_the_seed(words):
+    frequency = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency
+    sampler = LazyCall(RepeatFactorTrainingSampler)(
+        repeat_factors=LazyCall(frequency)(
+            dataset_dicts="${dataloader.train.dataset}", repeat_thresh=0.5
+        )
+    )
+
+    def indices(seed):
+        cfg = load_lazy_config(str(TINY), [*words, f"train.seed={seed}"])
+        cfg.lazy.dataloader.train.sampler = sampler
+        loader = LazyTrainer.build_train_loader(cfg)
+        assert isinstance(loader.stream.sampler, RepeatFactorTrainingSampler)
+        return [index for batch in islice(loader.stream, 8) for _, index in batch]
+
+    assert indices(1) == indices(1) != indices(2)
+
+
+def test_each_data_set_to_test_has_its_loader_evaluators_and_folders(words, tmp_path):
+    words[2] = "dataloader.test.dataset.names=[few_val_separated,few_train_separated]"
+    cfg = load_lazy_config(str(TINY), [*words, "train.num_pictures=1"])
+    assert cfg.DATASETS.TEST == ("few_val_separated", "few_train_separated")
+    assert [len(LazyTrainer.build_test_loader(cfg, name)) for name in cfg.DATASETS.TEST] == [2, 5]
+    folders = {
+        part._output_dir
+        for name in cfg.DATASETS.TEST
+        for part in LazyTrainer.build_evaluator(cfg, name)._evaluators
+    }
+    kinds = [tmp_path / "out" / kind for kind in ("inference", "pictures")]
+    assert folders == {str(kind / name) for kind in kinds for name in cfg.DATASETS.TEST}
+    assert list(cfg.lazy.dataloader.test.dataset.names) == list(cfg.DATASETS.TEST)
+
+
+def test_losses_are_written_as_often_as_the_config_says(words, tmp_path):
+    train(*words, "dataloader.evaluator=null", "train.log_period=1")
+    lines = (tmp_path / "out/metrics.json").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [0, 1, 2]

@@ -36,7 +36,7 @@ class LazyRunConfig(RunConfig):
 
 
 class _Whole:
-    """Keeps the clones of a config on one LazyConfig, whose objects may not be copied."""
+    """Keeps the clones of a config on one LazyConfig, for not all of its objects can be copied."""
 
     def __init__(self, lazy: DictConfig) -> None:
         self.lazy = lazy
@@ -70,6 +70,7 @@ def load_lazy_config(
     override(lazy, opts)
     check_keys(lazy)
     cfg = _run_config(lazy)
+    cfg.DATASETS.TEST = _tested(lazy)
     if eval_only and not cfg.DATASETS.TEST:
         raise ValueError(
             "dataloader.evaluator must be there for an evaluation, got "
@@ -94,7 +95,6 @@ def _run_config(lazy: DictConfig) -> LazyRunConfig:
             _set(cfg, key, path, value)
     for key, value in _inferred(lazy, cfg.SOLVER.MAX_ITER):
         _set(cfg, key, key, value)
-    cfg.DATASETS.TEST = _tested(lazy)
     if cfg.MODEL.DEVICE == "auto":
         cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     return cfg

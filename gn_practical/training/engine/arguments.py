@@ -67,7 +67,10 @@ def argument_parser(description: str = _DESCRIPTION, epilog: str = _EPILOG) -> A
         "Only for files you have read",
     )
     parser.add_argument(
-        "opts", nargs=REMAINDER, help="changes of the config: KEY VALUE ..., after all options"
+        "opts",
+        nargs=REMAINDER,
+        help="changes of the config, after all options: KEY VALUE ..., or path.key=value ... of a "
+        "Python config",
     )
     return parser
 

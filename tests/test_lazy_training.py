@@ -258,7 +258,9 @@ def test_each_data_set_to_test_has_its_loader_evaluators_and_folders(words, tmp_
     assert list(cfg.lazy.dataloader.test.dataset.names) == list(cfg.DATASETS.TEST)
 
 
-def test_losses_are_written_as_often_as_the_config_says(words, tmp_path):
-    train(*words, "dataloader.evaluator=null", "train.log_period=1")
+def test_losses_are_written_as_often_and_logs_in_the_words_of_the_config(words, tmp_path):
+    train(*words, "dataloader.evaluator=null", "train.log_period=1", "train.best_metric=no/AP")
+    log = (tmp_path / "out/log.txt").read_text()
+    assert "train.best_metric must be a result of the evaluation, got no/AP" in log
     lines = (tmp_path / "out/metrics.json").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [0, 1, 2]

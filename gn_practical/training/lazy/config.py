@@ -70,7 +70,7 @@ def load_lazy_config(
     override(lazy, opts)
     check_keys(lazy)
     cfg = _run_config(lazy)
-    cfg.DATASETS.TEST = _tested(lazy)
+    cfg.LAZY_CONFIG, cfg.DATASETS.TEST = as_yaml(lazy), _tested(lazy)
     if eval_only and not cfg.DATASETS.TEST:
         raise ValueError(
             "dataloader.evaluator must be there for an evaluation, got "
@@ -86,7 +86,6 @@ def _run_config(lazy: DictConfig) -> LazyRunConfig:
     cfg = get_cfg()
     add_pgn_config(cfg)
     add_training_config(cfg)
-    cfg.LAZY_CONFIG = as_yaml(lazy)
     cfg = LazyRunConfig(cfg)
     cfg.__dict__["of_lazy"] = _Whole(lazy)
     for path, key in KEYS.items():

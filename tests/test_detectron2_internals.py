@@ -6,9 +6,14 @@ from itertools import islice
 import pytest
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data.samplers import TrainingSampler
+from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils.events import EventStorage
 
-from gn_practical.training.detectron2_internals import bound_histories, stream_of_all_ranks
+from gn_practical.training.detectron2_internals import (
+    bound_histories,
+    set_write_period,
+    stream_of_all_ranks,
+)
 
 
 @pytest.mark.parametrize("method", ["_load_file", "_load_model", "_log_incompatible_keys"])
@@ -23,6 +28,13 @@ def test_the_stream_of_a_sampler():
     sampler = TrainingSampler(4, shuffle=False, seed=0)
     assert hasattr(sampler, "_infinite_indices"), "samplers have no stream of all ranks any more"
     assert list(islice(stream_of_all_ranks(sampler), 6)) == [0, 1, 2, 3, 0, 1]
+
+
+def test_the_period_of_the_writers():
+    writer = PeriodicWriter([])
+    assert hasattr(writer, "_period"), "PeriodicWriter keeps its period elsewhere now"
+    set_write_period(writer, 7)
+    assert writer._period == 7
 
 
 def test_the_length_of_histories():

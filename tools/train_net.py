@@ -7,7 +7,16 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "50000")
 
 from argparse import Namespace
+from importlib.util import find_spec
+from runpy import run_path
 from typing import Any
+
+# Read from its file and used before the imports below, which take seconds.
+PACKAGE = find_spec("gn_practical").submodule_search_locations[0]
+argument_parser = run_path(f"{PACKAGE}/training/engine/arguments.py")["argument_parser"]
+
+if __name__ == "__main__":
+    ARGS = argument_parser().parse_args()
 
 # Before Detectron2: it keeps off the screen what PyTorch says at the sight of that.
 from gn_practical.training import Trainer
@@ -18,7 +27,7 @@ from detectron2.utils import comm
 
 from gn_practical.training.checkpoint import GroupsCheckpointer
 from gn_practical.training.config import RunConfig, load_cfg
-from gn_practical.training.engine import argument_parser, check_run, default_setup, launch
+from gn_practical.training.engine import check_run, default_setup, launch
 from gn_practical.training.validation import check_datasets
 
 
@@ -51,4 +60,4 @@ def main(args: Namespace) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    launch(main, argument_parser().parse_args())
+    launch(main, ARGS)

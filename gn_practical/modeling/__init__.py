@@ -1,7 +1,7 @@
 """How the layers reach a model: registration, binding, weight standardization, building."""
 
 from gn_practical.modeling.binding import GroupNormBinding, bind_group_norms, group_norm_bindings
-from gn_practical.modeling.build import build_model
+from gn_practical.modeling.build import build_model, prepare_model
 from gn_practical.modeling.conversion import convert_to_ws
 from gn_practical.modeling.fusion import fuse_norms
 from gn_practical.modeling.recalibration import recalibrate_norms
@@ -14,6 +14,7 @@ __all__ = [
     "convert_to_ws",
     "fuse_norms",
     "group_norm_bindings",
+    "prepare_model",
     "recalibrate_norms",
     "register_norm",
     "register_pgn",

@@ -37,7 +37,11 @@ def build_model(cfg: CfgNode) -> nn.Module:
         >>> model = build_model(cfg)
     """
     check_pgn_config(cfg)
-    model = modeling.build_model(cfg)
+    return prepare_model(modeling.build_model(cfg), cfg)
+
+
+def prepare_model(model: nn.Module, cfg: CfgNode) -> nn.Module:
+    """Do what :func:`build_model` does to a model that is there, in place, and return it."""
     table = bind_model(model, cfg)
     logger = logging.getLogger(__name__)
     if table:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils.events import EventStorage
 from fvcore.common.history_buffer import HistoryBuffer
 
@@ -17,6 +18,11 @@ from fvcore.common.history_buffer import HistoryBuffer
 def stream_of_all_ranks(sampler: TrainingSampler | RepeatFactorTrainingSampler) -> Iterator[int]:
     """Return the endless indices of all ranks; iterating the sampler gives one rank's alone."""
     return sampler._infinite_indices()
+
+
+def set_write_period(writer: PeriodicWriter, period: int) -> None:
+    """Let a hook write every so many iterations; ``DefaultTrainer`` makes it for 20."""
+    writer._period = period
 
 
 def bound_histories(storage: EventStorage, length: int) -> None:

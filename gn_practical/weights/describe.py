@@ -63,6 +63,7 @@ def describe_config(cfg: CfgNode) -> dict[str, Any]:
     """
     keys = _plain(cfg)
     keys.pop("OUTPUT_DIR")  # of this machine
+    lazy = keys.pop("LAZY_CONFIG", None)  # the keys are then a part of it, and build no model
     pgn = keys["MODEL"].get("PGN")
     return {
         "input_format": keys["INPUT"]["FORMAT"],
@@ -71,7 +72,8 @@ def describe_config(cfg: CfgNode) -> dict[str, Any]:
         "class_names": class_names(keys["DATASETS"]["TRAIN"]),
         "resize": {key: keys["INPUT"][key] for key in _RESIZE},
         "rule": pgn and (str(pgn["NUM_GROUPS"]) if pgn["NUM_GROUPS"] else pgn["RULE"]),
-        "config": yaml.safe_dump(keys, sort_keys=False),
+        "config": None if lazy else yaml.safe_dump(keys, sort_keys=False),
+        "lazy_config": lazy,
     }
 
 

@@ -45,6 +45,7 @@ class Description:
         rule: rule that the groups come from.
         versions: {package: version} of what trained them.
         config: the whole config as YAML.
+        lazy_config: the Python config as YAML, for a run of tools/lazyconfig_train_net.py.
     """
 
     source: str = "an unknown source"
@@ -64,6 +65,7 @@ class Description:
     rule: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     config: str | None = None
+    lazy_config: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain containers, as a checkpoint keeps them."""

@@ -48,7 +48,14 @@ def merge_stored_config(cfg: CfgNode, path: str) -> None:
     Raises:
         ValueError: if it holds no config.
     """
-    text = load_description(path).config
+    description = load_description(path)
+    text = description.config
+    if description.lazy_config:
+        raise ValueError(
+            f"a checkpoint must hold a config of YAML keys here, got {path}, which was trained by "
+            "a Python config (tools/lazyconfig_train_net.py). Give a YAML config of the same "
+            "model, or evaluate it with that tool and its --config-file."
+        )
     if text is None:
         raise ValueError(
             f"a checkpoint must hold the config it was trained with, got {path}, which holds none. "

@@ -15,33 +15,6 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from itertools import islice
 
-# Before Detectron2: it keeps off the screen what PyTorch says at the sight of that.
-from gn_practical import training
-
-# isort: split
-import torch
-from detectron2.evaluation import inference_on_dataset
-from detectron2.utils.events import EventStorage
-from gn_classification import (
-    ClassificationEvaluator,
-    add_classification_config,
-    build_test_loader,
-    build_train_loader,
-    check_config,
-    complete_config,
-    export_backbone,
-    open_datasets,
-)
-from torch import nn
-
-from gn_practical import build_model
-from gn_practical.modeling import recalibrate_norms
-from gn_practical.training.config import RunConfig, load_cfg
-from gn_practical.training.data.seeding import seed_all
-from gn_practical.training.engine.autocast import AutocastTrainer
-from gn_practical.training.engine.run import run
-from gn_practical.training.evaluation import results_table, write_results
-
 _EPILOG = """
 Examples, in projects/classification:
 
@@ -75,6 +48,37 @@ def argument_parser() -> ArgumentParser:
 
 def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
+
+
+if __name__ == "__main__":
+    ARGS = argument_parser().parse_args()
+
+# Before Detectron2: it keeps off the screen what PyTorch says at the sight of that.
+from gn_practical import training
+
+# isort: split
+import torch
+from detectron2.evaluation import inference_on_dataset
+from detectron2.utils.events import EventStorage
+from gn_classification import (
+    ClassificationEvaluator,
+    add_classification_config,
+    build_test_loader,
+    build_train_loader,
+    check_config,
+    complete_config,
+    export_backbone,
+    open_datasets,
+)
+from torch import nn
+
+from gn_practical import build_model
+from gn_practical.modeling import recalibrate_norms
+from gn_practical.training.config import RunConfig, load_cfg
+from gn_practical.training.data.seeding import seed_all
+from gn_practical.training.engine.autocast import AutocastTrainer
+from gn_practical.training.engine.run import run
+from gn_practical.training.evaluation import results_table, write_results
 
 
 def main(args: Namespace) -> dict[str, dict[str, float]]:
@@ -160,4 +164,4 @@ def train(cfg: RunConfig, model: nn.Module, steps: list[int], lr: float) -> Iter
 
 
 if __name__ == "__main__":
-    run(main, argument_parser().parse_args())
+    run(main, ARGS)

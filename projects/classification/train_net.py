@@ -7,7 +7,52 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "50000")
 
 from argparse import ArgumentParser, Namespace
+from importlib.util import find_spec
+from runpy import run_path
 from typing import Any
+
+_EPILOG = """
+Examples, in projects/classification:
+
+  The two-layer MLP of the paper's Table 3 on scikit-learn's digits, in seconds, without download:
+    python train_net.py --config-file configs/mlp_digits.yaml
+
+  The same on MNIST with 64 groups; data sets lie in DETECTRON2_DATASETS or are downloaded there:
+    python train_net.py --config-file configs/mlp_mnist.yaml --download MODEL.PGN.NUM_GROUPS 64
+
+  ResNet-56 on CIFAR-10 with batch norm; LN, IN, GN and PGN likewise:
+    python train_net.py --config-file configs/resnet56_cifar10.yaml --download \\
+        CLASSIFICATION.NORM BN
+
+  Your own images, in my/{train,val}/<class>/ or my/<class>/:
+    python train_net.py --config-file configs/resnet50_pet.yaml \\
+        CLASSIFICATION.IMAGE_FOLDERS '[("my", "my")]' CLASSIFICATION.NUM_CLASSES 0 \\
+        DATASETS.TRAIN '("my_train",)' DATASETS.TEST '("my_val",)'
+
+  A backbone for the detectors, on 8 GPUs; MODEL.WEIGHTS output/.../backbone.pth takes it there:
+    python train_net.py --config-file configs/resnet50_imagenet_pgn.yaml --num-gpus 8
+
+Results go to OUTPUT_DIR: results.json (errors in percent), metrics.json, curves.png,
+num_groups.json, checkpoints, TensorBoard's events, and backbone.pth of Detectron2's ResNets.
+"""
+
+
+def argument_parser() -> ArgumentParser:
+    """Return the detectors' parser with ``--download`` and examples of classification."""
+    # Read from its file, for importing the package takes seconds.
+    package = find_spec("gn_practical").submodule_search_locations[0]
+    shared = run_path(f"{package}/training/engine/arguments.py")["argument_parser"]
+    parser = shared("Train or evaluate an image classifier.", _EPILOG)
+    parser.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch torchvision's data sets that are missing to DETECTRON2_DATASETS",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    ARGS = argument_parser().parse_args()
 
 # Before Detectron2: it keeps off the screen what PyTorch says at the sight of that.
 from gn_practical import training
@@ -34,31 +79,6 @@ from gn_practical.training import engine
 from gn_practical.training.checkpoint import GroupsCheckpointer
 from gn_practical.training.config import RunConfig, load_cfg
 from gn_practical.training.evaluation import write_results
-
-_EPILOG = """
-Examples, in projects/classification:
-
-  The two-layer MLP of the paper's Table 3 on scikit-learn's digits, in seconds, without download:
-    python train_net.py --config-file configs/mlp_digits.yaml
-
-  The same on MNIST with 64 groups; data sets lie in DETECTRON2_DATASETS or are downloaded there:
-    python train_net.py --config-file configs/mlp_mnist.yaml --download MODEL.PGN.NUM_GROUPS 64
-
-  ResNet-56 on CIFAR-10 with batch norm; LN, IN, GN and PGN likewise:
-    python train_net.py --config-file configs/resnet56_cifar10.yaml --download \\
-        CLASSIFICATION.NORM BN
-
-  Your own images, in my/{train,val}/<class>/ or my/<class>/:
-    python train_net.py --config-file configs/resnet50_pet.yaml \\
-        CLASSIFICATION.IMAGE_FOLDERS '[("my", "my")]' CLASSIFICATION.NUM_CLASSES 0 \\
-        DATASETS.TRAIN '("my_train",)' DATASETS.TEST '("my_val",)'
-
-  A backbone for the detectors, on 8 GPUs; MODEL.WEIGHTS output/.../backbone.pth takes it there:
-    python train_net.py --config-file configs/resnet50_imagenet_pgn.yaml --num-gpus 8
-
-Results go to OUTPUT_DIR: results.json (errors in percent), metrics.json, curves.png,
-num_groups.json, checkpoints, TensorBoard's events, and backbone.pth of Detectron2's ResNets.
-"""
 
 
 class Trainer(training.Trainer):
@@ -112,19 +132,6 @@ class Trainer(training.Trainer):
         return ClassificationEvaluator()
 
 
-def argument_parser() -> ArgumentParser:
-    """Return the detectors' parser with ``--download`` and examples of classification."""
-    parser = engine.argument_parser()
-    parser.description = "Train or evaluate an image classifier."
-    parser.epilog = _EPILOG
-    parser.add_argument(
-        "--download",
-        action="store_true",
-        help="fetch torchvision's data sets that are missing to DETECTRON2_DATASETS",
-    )
-    return parser
-
-
 def setup(args: Namespace) -> RunConfig:
     """Read the config, open the data, set up folder and logs, and check all that is known."""
     cfg = load_cfg(
@@ -159,4 +166,4 @@ def main(args: Namespace) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    engine.launch(main, argument_parser().parse_args())
+    engine.launch(main, ARGS)

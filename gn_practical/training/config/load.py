@@ -65,8 +65,8 @@ def load_cfg(
 def _merge(cfg: RunConfig, config_file: str, opts: Sequence[str], trusted: bool) -> None:
     if config_file.endswith(".py"):
         raise ConfigFileError(
-            f"a config must be a YAML file, got {config_file}. Python configs are code and are not "
-            "read; write its keys as a YAML file."
+            f"a config must be a YAML file, got {config_file}. Python configs are code: "
+            "tools/lazyconfig_train_net.py trains them."
         )
     known = list(_keys(cfg))
     try:

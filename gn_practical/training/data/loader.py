@@ -5,6 +5,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from threading import Thread
 from typing import Any, Protocol, runtime_checkable
 
@@ -127,28 +128,44 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[Any], Any]) -> Iterable[l
     Raises:
         ValueError: if the batch cannot be shared out among the ranks.
     """
+
+    def make_sampler(seed: int, dataset: Dataset) -> Sampler:
+        return _parts(cfg, seed, mapper=mapper, dataset=dataset)["sampler"]
+
     seed = run_seed(cfg)
-    parts = _parts(cfg, seed, mapper=mapper)
-    if isinstance(parts["dataset"], IterableDataset):  # has no positions
+    return loader_of(_parts(cfg, seed, mapper=mapper), seed, make_sampler)
+
+
+def loader_of(
+    parts: Mapping[str, Any], seed: int, make_sampler: Callable[[int, Dataset], Sampler]
+) -> Iterable[list[Any]]:
+    """Return a loader of the arguments that ``build_detection_train_loader`` takes.
+
+    Args:
+        parts: dataset, mapper, sampler, total_batch_size, aspect_ratio_grouping, num_workers.
+        seed: of the run.
+        make_sampler: makes the sampler of another seed, of the same data.
+
+    Raises:
+        ValueError: if the batch cannot be shared out among the ranks.
+    """
+    dataset = parts["dataset"]
+    if isinstance(dataset, IterableDataset):  # has no positions
         return build_detection_train_loader(**parts)
-    batch_size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
+    batch_size, rest = divmod(parts["total_batch_size"], comm.get_world_size())
     if rest or not batch_size:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH must be a multiple of the number of ranks, got "
-            f"{cfg.SOLVER.IMS_PER_BATCH} on {comm.get_world_size()} ranks."
+            f"{parts['total_batch_size']} on {comm.get_world_size()} ranks."
         )
-    dataset = parts["dataset"]
     groups = _aspect_ratio_groups(dataset, parts["aspect_ratio_grouping"])
     ranks = (comm.get_rank(), comm.get_world_size())
     stream = BatchStream(parts["sampler"], batch_size, groups, *ranks)
     if isinstance(dataset, list):
         dataset = DatasetFromList(dataset, copy=False)
-
-    def make_sampler(seed: int) -> Sampler:
-        return _parts(cfg, seed, mapper=mapper, dataset=dataset)["sampler"]
-
-    seeded_dataset = SeededDataset(dataset, mapper, seed)
-    return TrainLoader(seeded_dataset, stream, make_sampler, parts["num_workers"])
+    seeded_dataset = SeededDataset(dataset, parts["mapper"], seed)
+    sampler_of = partial(make_sampler, dataset=dataset)
+    return TrainLoader(seeded_dataset, stream, sampler_of, parts["num_workers"])
 
 
 def _parts(cfg: CfgNode, seed: int, **arguments: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Detectron2's dataset mapper, with errors that name the file."""
 
 import os
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import numpy as np
@@ -44,19 +45,47 @@ class CheckedDatasetMapper(DatasetMapper):
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
         """Read and transform one sample; see `detectron2.data.DatasetMapper`."""
+        return _checked(super().__call__, dataset_dict, self.image_format, self.skipped)
+
+
+class CheckedMapper:
+    """Calls any other mapper, and says which file it could not use.
+
+    Args:
+        mapper: makes an input of the model of an entry of a data set.
+        skipped: as of :class:`CheckedDatasetMapper`.
+    """
+
+    def __init__(
+        self, mapper: Callable[[dict[str, Any]], Any], skipped: SkippedSamples | None = None
+    ) -> None:
+        self.mapper, self.skipped = mapper, skipped
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> Any:
+        """Map one sample, None for one that is skipped."""
+        image_format = getattr(self.mapper, "image_format", None)
+        return _checked(self.mapper, dataset_dict, image_format, self.skipped)
+
+
+def _checked(
+    mapper: Callable[[dict[str, Any]], Any],
+    dataset_dict: dict[str, Any],
+    image_format: str | None,
+    skipped: SkippedSamples | None,
+) -> Any:
+    try:
+        return mapper(dataset_dict)
+    except Exception as error:
         try:
-            return super().__call__(dataset_dict)
-        except Exception as error:
-            try:
-                _explain(dataset_dict, error, self.image_format)
-            except DatasetError as explained:
-                if self.skipped is None:
-                    raise
-                self.skipped.add(dataset_dict, str(explained))
-            return None
+            _explain(dataset_dict, error, image_format)
+        except DatasetError as explained:
+            if skipped is None:
+                raise
+            skipped.add(dataset_dict, str(explained))
+        return None
 
 
-def _explain(dataset_dict: dict[str, Any], error: Exception, image_format: str) -> NoReturn:
+def _explain(dataset_dict: dict[str, Any], error: Exception, image_format: str | None) -> NoReturn:
     """Raise what is wrong with the files of a sample, or else with its annotations."""
     keys = [key for key in ("file_name", "sem_seg_file_name") if key in dataset_dict]
     sizes = {key: _read(dataset_dict[key]).shape[1::-1] for key in keys}

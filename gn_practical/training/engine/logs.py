@@ -49,6 +49,11 @@ def quiet_torch() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def each_handler() -> list[logging.Handler]:
+    """Return what :func:`start_logging` logs to."""
+    return list(_handlers)
+
+
 def log_file() -> str:
     """Return the path of the file that is logged to, "" before :func:`start_logging`."""
     return _handlers[0].baseFilename if _handlers else ""

@@ -81,7 +81,10 @@ def _is_for_the_user(error: Exception) -> bool:
 
 def _suspects(args: Namespace) -> str:
     if args.opts:
-        pairs = zip(args.opts[::2], args.opts[1::2], strict=False)
+        if "=" in str(args.opts[0]):  # those of a Python config
+            pairs = (word.split("=", 1) for word in args.opts)
+        else:
+            pairs = zip(args.opts[::2], args.opts[1::2], strict=False)
         given = ", ".join(f"{key}={str(value)[:_MOST_LETTERS]}" for key, value in pairs)
         return f"the overrides {given} of {args.config_file}"
     return args.config_file or "the config"

@@ -1,12 +1,11 @@
-"""What a run needs besides its config: command line, output folder, logs, random seed."""
+"""What a run needs besides its config: output folder, logs, random seed."""
 
 import os
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
@@ -15,41 +14,6 @@ from gn_practical.training.atomic import replace_file
 from gn_practical.training.engine.logs import DETAILS, start_logging
 from gn_practical.training.engine.signals import STOP
 from gn_practical.training.ranks import raise_on_all_ranks
-
-_EPILOG = """
-Examples:
-
-  Train on 8 GPUs, continue after an interruption, evaluate:
-    python tools/train_net.py --config-file configs/pfpn_pgn.yaml --num-gpus 8
-    python tools/train_net.py --config-file configs/pfpn_pgn.yaml --num-gpus 8 --resume
-    python tools/train_net.py --config-file configs/pfpn_pgn.yaml --num-gpus 8 --eval-only \\
-        MODEL.WEIGHTS output/pfpn_pgn/model_final.pth
-
-  The same under torchrun, which starts the processes and can restart them:
-    torchrun --nproc-per-node 8 tools/train_net.py --config-file configs/pfpn_pgn.yaml
-
-  Your own data in COCO's format, without code:
-    python tools/train_net.py --config-file configs/faster_rcnn_gn_ws_pgn.yaml \\
-        DATASETS.COCO_INSTANCES \\
-        '[("my_train", "images", "train.json"), ("my_val", "images", "val.json")]' \\
-        DATASETS.TRAIN '("my_train",)' DATASETS.TEST '("my_val",)' MODEL.ROI_HEADS.NUM_CLASSES 3
-
-Results go to OUTPUT_DIR: results.json, metrics.json, curves.png, pictures/, num_groups.json,
-checkpoints and TensorBoard's events.
-"""
-
-
-def argument_parser() -> ArgumentParser:
-    """Return Detectron2's own parser, with examples of this project."""
-    parser = default_argument_parser(epilog=_EPILOG)
-    parser.description = "Train or evaluate a detector or panoptic segmenter."
-    parser.add_argument(
-        "--trust-config",
-        action="store_true",
-        help="let the config run code: its Python tags, and the pickled proposals that it names. "
-        "Only for files you have read",
-    )
-    return parser
 
 
 def default_setup(cfg: CfgNode, args: Namespace) -> None:

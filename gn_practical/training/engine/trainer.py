@@ -64,8 +64,7 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        device_ids = {} if cfg.MODEL.DEVICE.startswith("cuda") else {"device_ids": None}
-        model = create_ddp_model(model, broadcast_buffers=False, **device_ids)
+        model = self.distribute(cfg, model)
         dtype = cfg.SOLVER.AMP.DTYPE if cfg.SOLVER.AMP.ENABLED else None
         bad_steps = BadSteps(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_SKIPPED_STEPS)
         steps = cfg.SOLVER.ACCUMULATE_STEPS
@@ -186,13 +185,25 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Build the model and save its table of groups beside the checkpoints to come."""
         STOP.check()
-        model = build_model(cfg)
+        model = cls.construct_model(cfg)
         check_model(cfg, model)
         if comm.is_main_process():
             table = [asdict(binding) for binding in group_norm_bindings(model)]
             write_json(os.path.join(cfg.OUTPUT_DIR, "num_groups.json"), table, indent=1)
         STOP.check()
         return model
+
+    @classmethod
+    def construct_model(cls, cfg: CfgNode) -> nn.Module:
+        """Return a new model, with its norms bound."""
+        return build_model(cfg)
+
+    @classmethod
+    def distribute(cls, cfg: CfgNode, model: nn.Module, **options: Any) -> nn.Module:
+        """Wrap the model for data parallelism where there are several ranks, on CPUs too."""
+        if not cfg.MODEL.DEVICE.startswith("cuda"):
+            options["device_ids"] = None
+        return create_ddp_model(model, **{"broadcast_buffers": False, **options})
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:

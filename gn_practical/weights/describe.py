@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.layers import CNNBlockBase
 from torch import nn
 
@@ -69,6 +70,7 @@ def describe_config(cfg: CfgNode) -> dict[str, Any]:
         "pixel_mean": tuple(keys["MODEL"]["PIXEL_MEAN"]),
         "pixel_std": tuple(keys["MODEL"]["PIXEL_STD"]),
         "class_names": class_names(keys["DATASETS"]["TRAIN"]),
+        "class_ids": class_ids(keys["DATASETS"]["TRAIN"]),
         "resize": {key: keys["INPUT"][key] for key in _RESIZE},
         "rule": pgn and (str(pgn["NUM_GROUPS"]) if pgn["NUM_GROUPS"] else pgn["RULE"]),
         "config": yaml.safe_dump(keys, sort_keys=False),
@@ -103,16 +105,30 @@ def _plain(cfg: CfgNode) -> dict[str, Any]:
 
 def class_names(datasets: Iterable[str]) -> dict[str, list[str]] | None:
     """Return the classes of the first data set that has any, by "thing" and "stuff"."""
+    metadata = metadata_of(datasets)
+    names = {kind: list(metadata.get(f"{kind}_classes", ())) for kind in ("thing", "stuff")}
+    return {kind: each for kind, each in names.items() if each} or None
+
+
+def class_ids(datasets: Iterable[str]) -> dict[str, list[int]] | None:
+    """Return the data set's ids of the classes that :func:`class_names` names, where it has any."""
+    metadata = metadata_of(datasets)
+    found = {}
+    for kind in ("thing", "stuff"):
+        numbers = metadata.get(f"{kind}_dataset_id_to_contiguous_id") or {}
+        ids = {number: each for each, number in numbers.items()}
+        if ids and sorted(ids) == list(range(len(metadata.get(f"{kind}_classes", ())))):
+            found[kind] = [ids[number] for number in range(len(ids))]
+    return found or None
+
+
+def metadata_of(datasets: Iterable[str]) -> Metadata:
+    """Return the metadata of the first data set that has classes, else empty ones."""
     for name in datasets:
-        metadata = MetadataCatalog.get(name) if name in MetadataCatalog else None
-        names = {
-            kind: list(metadata.get(f"{kind}_classes"))
-            for kind in ("thing", "stuff")
-            if metadata is not None and metadata.get(f"{kind}_classes")
-        }
-        if names:
-            return names
-    return None
+        metadata = MetadataCatalog.get(name) if name in MetadataCatalog else Metadata()
+        if any(metadata.get(f"{kind}_classes") for kind in ("thing", "stuff")):
+            return metadata
+    return Metadata()
 
 
 def _pixels(model: nn.Module, name: str) -> tuple[float, ...] | None:

@@ -48,7 +48,21 @@ def merge_stored_config(cfg: CfgNode, path: str) -> None:
     Raises:
         ValueError: if it holds no config.
     """
-    text = load_description(path).config
+    merge_described_config(cfg, load_description(path), path)
+
+
+def merge_described_config(cfg: CfgNode, description: Description, path: str) -> None:
+    """Merge the config of a description, that of the checkpoint at ``path``, into another one.
+
+    Args:
+        cfg: changed in place.
+        description: as :func:`load_description` returns it.
+        path: for the error.
+
+    Raises:
+        ValueError: if it holds no config.
+    """
+    text = description.config
     if text is None:
         raise ValueError(
             f"a checkpoint must hold the config it was trained with, got {path}, which holds none. "

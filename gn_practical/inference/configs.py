@@ -1,0 +1,144 @@
+"""The config that a model is built from for inference: the checkpoint's own, or a file's."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+
+from gn_practical.config import add_pgn_config
+from gn_practical.weights.description import Description
+from gn_practical.weights.stored import merge_described_config
+
+_logger = logging.getLogger(__name__)
+_OF_YACS = (KeyError, AssertionError, ValueError, TypeError, AttributeError, RecursionError)
+
+
+def config_for(
+    path: str,
+    description: Description,
+    config_file: str | None = None,
+    *,
+    device: str | None = None,
+    opts: Sequence[str] = (),
+) -> CfgNode:
+    """Return the config of weights: from ``config_file``, or else from their description.
+
+    Args:
+        path: of the weights, for errors.
+        description: of the weights.
+        config_file: a YAML file, or a name in Detectron2's model zoo.
+        device: to run on; by default CUDA where there is a GPU.
+        opts: keys and values in turn.
+
+    Raises:
+        ValueError: if there is none (the error names one that would do), or it is malformed, or
+            the device is not there.
+    """
+    cfg = get_cfg()
+    add_pgn_config(cfg)
+    if config_file:
+        _merge_file(cfg, config_file)
+    elif description.config is None:
+        raise ValueError(
+            "a model without --config-file must hold the config it was trained with, got "
+            f"{path}, which holds none. {_advice(path)}"
+        )
+    else:
+        merge_described_config(cfg, description, path)
+    try:
+        cfg.merge_from_list(list(opts))
+    except _OF_YACS as error:
+        raise ValueError(
+            f"overrides must be known keys and values of their types, got {error}. Correct them."
+        ) from error
+    cfg.MODEL.DEVICE = _checked_device(device)
+    cfg.MODEL.WEIGHTS = ""  # they are loaded here
+    return cfg
+
+
+def _merge_file(cfg: CfgNode, name: str) -> None:
+    """Merge a YAML file; keys of trainers, which a model does not need, may be among them."""
+    path = name
+    if not os.path.isfile(name):
+        try:
+            path = model_zoo.get_config_file(name)
+        except RuntimeError:
+            raise ValueError(
+                "a config must be a YAML file or a name in Detectron2's model zoo, got "
+                f"config_file={name}. Correct the path."
+            ) from None
+    if path.endswith(".py"):
+        raise ValueError(
+            f"a config must be a YAML file, got {name}. Python configs are code and are not read; "
+            "a checkpoint that this package trained from one is used without."
+        )
+    try:
+        loaded = CfgNode.load_yaml_with_base(path, allow_unsafe=False)
+        unknown = sorted(set(_keys(loaded)) - set(_keys(cfg)))
+        cfg.set_new_allowed(True)
+        cfg.merge_from_other_cfg(CfgNode(loaded))
+        cfg.set_new_allowed(False)
+    except (*_OF_YACS, yaml.YAMLError, OSError) as error:
+        what = " ".join(str(error).split())
+        raise ValueError(
+            f"a config must be a YAML file of known keys, got {name}: {what}. Correct it."
+        ) from error
+    of_models = [key for key in unknown if key.startswith(("MODEL.", "INPUT."))]
+    if of_models:
+        _logger.warning("%s: %s: no effect here.", name, ", ".join(of_models))
+
+
+def _keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _advice(path: str) -> str:
+    """Say which config file to give: the one beside the weights, or the model zoo's."""
+    beside = os.path.join(os.path.dirname(path), "config.yaml")
+    if "://" not in path and os.path.isfile(beside):
+        return f"Give --config-file {beside}, which lies beside it."
+    found = _in_the_zoo(path)
+    if found:
+        return f"It is of Detectron2's model zoo: give --config-file {found}."
+    return (
+        "Give --config-file: the config.yaml that Detectron2 wrote to the OUTPUT_DIR of its "
+        "training, or a name of the model zoo, such as COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml."
+    )
+
+
+def _in_the_zoo(path: str) -> str:
+    """Return the zoo's config of a checkpoint, whose file's name ends in a hash of the content."""
+    name = path.rsplit("/", 1)[-1]
+    root = Path(model_zoo.get_config_file("Base-RCNN-FPN.yaml")).parent
+    for config in sorted(root.rglob("*.yaml")):
+        config_name = config.relative_to(root).as_posix()
+        try:
+            url = model_zoo.get_checkpoint_url(config_name)
+        except RuntimeError:
+            continue
+        if url.rsplit("/", 1)[-1] == name:
+            return config_name
+    return ""
+
+
+def _checked_device(device: str | None) -> str:
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"the device must be one of this machine, got device={device}: {reason}. Give cpu."
+        ) from None
+    return device

@@ -85,14 +85,19 @@ class Classes:
         """Return which classes are asked for.
 
         Args:
-            names: of classes, or their numbers where they have no names.
+            names: of classes, or their numbers where they have no names; a text that is none of
+                them may be several, with commas between.
 
         Raises:
             ValueError: naming the first that is unknown, and those near to it.
         """
         known = {name: (True, i) for i, name in reversed(list(enumerate(self.things)))}
         known = {**{n: (False, i) for i, n in reversed(list(enumerate(self.stuff)))}, **known}
-        wanted = list(names)
+        wanted = [
+            part
+            for name in names
+            for part in ([name] if name in known else map(str.strip, name.split(",")))
+        ]
         if not known:
             return Chosen(frozenset((True, _number(name)) for name in wanted))
         for name in wanted:

@@ -14,7 +14,7 @@ from gn_practical.weights.describe import describe, describe_config
 from gn_practical.weights.loading import Purpose, check_loaded, place
 from gn_practical.weights.read import Weights, read_weights
 
-EXPORTED = (".onnx", ".ts", ".torchscript", ".pt2")  # files of gn_practical.inference.exported
+EXPORTED = (".onnx", ".ts")  # files of gn_practical.inference.exported
 _FORMATS = ("BGR", "RGB", "L")
 
 
@@ -112,6 +112,11 @@ def _load_exported(
     threshold: float | None,
     opts: Sequence[str],
 ) -> TrainedModel:
+    if device not in (None, "cpu"):
+        raise ValueError(
+            f"an exported model must run on the cpu here, got device={device} for {path}. Leave "
+            "the device out, or use the checkpoint."
+        )
     if config_file or opts:
         raise ValueError(
             f"an exported model must be used without config and overrides, got them for {path}. "
@@ -120,6 +125,8 @@ def _load_exported(
     from gn_practical.inference.exported import ExportedModel
 
     model = ExportedModel(path)
+    if threshold is not None:
+        _raise_threshold(model.thresholds, threshold, path)
     description = model.description
     resize = description.resize or {}
     return TrainedModel(
@@ -127,9 +134,20 @@ def _load_exported(
         channels=_checked_format(description.input_format or "BGR"),
         sizes=(resize.get("MIN_SIZE_TEST", 0), resize.get("MAX_SIZE_TEST", 0)),
         classes=classes_of(description),
-        device=device or "cpu",
         batches=False,
     )
+
+
+def _raise_threshold(inside: dict[str, float], threshold: float, path: str) -> None:
+    """Raise the score from which panoptic FPN takes instances; the file's own lets through less."""
+    least = inside.get("score", 0.0)
+    if threshold < least:
+        raise ValueError(
+            f"the threshold must be at least that of the exported model, {least:g}, got "
+            f"threshold={threshold:g} for {path}. Export it with a lower one."
+        )
+    if "instance_score" in inside:
+        inside["instance_score"] = threshold
 
 
 def _checked_format(channels: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from detectron2.data.transforms import ResizeShortestEdge, ResizeTransform
 
-from gn_practical.inference.classes import Classes
+from gn_practical.inference.classes import Chosen, Classes
 from gn_practical.inference.models import load_model
 from gn_practical.inference.prediction import Prediction, make_prediction
 from gn_practical.inference.reading import read_pixels, to_rgb
@@ -83,7 +83,20 @@ class Predictor:
             self._longest = self._longest * self._shortest // shortest
         self._threshold = threshold
         self.classes: Classes = self._model.classes
-        self._chosen = None if classes is None else self.classes.chosen(classes)
+        self._chosen: Chosen | None = None
+        if classes is not None:
+            self.keep_classes(classes)
+
+    def keep_classes(self, names: Iterable[str]) -> None:
+        """Leave all other classes out of the predictions from now on.
+
+        Args:
+            names: of classes; one text may name several with commas between.
+
+        Raises:
+            ValueError: if one is unknown.
+        """
+        self._chosen = self.classes.chosen(names)
 
     @property
     def device(self) -> str:

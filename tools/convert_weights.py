@@ -160,7 +160,7 @@ def report(weights: "Weights") -> None:
 
     from gn_practical.weights.config_keys import as_yaml, config_keys
 
-    hidden = ("class_ids", "config", "versions", "standardized_layers")
+    hidden = ("class_colors", "class_ids", "config", "versions", "standardized_layers")
     rows = [
         (key.replace("_", " "), in_words(value))
         for key, value in vars(weights.description).items()

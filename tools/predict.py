@@ -5,6 +5,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 # Before PyTorch is loaded: threads that wait long for each other stall where a core is taken.
@@ -199,6 +200,9 @@ def main() -> int:
     """Run, ending with one clear error where the user can correct it."""
     args = parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    # What today's PyTorch says at the sight of Detectron2; what matters is raised.
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     try:
         return run(args)
     except ValueError as error:

@@ -8,7 +8,7 @@ from typing import Any
 from detectron2.data.catalog import Metadata
 
 from gn_practical.inference.drawing import with_colors
-from gn_practical.weights.describe import class_ids, class_names, metadata_of
+from gn_practical.weights.describe import class_colors, class_ids, class_names
 from gn_practical.weights.description import Description
 
 Color = tuple[int, int, int]
@@ -150,17 +150,19 @@ def classes_of(description: Description | None, datasets: Iterable[str] = ()) ->
         datasets: names of data sets, which Detectron2's catalog may know.
     """
     datasets = list(datasets)
-    names = description.class_names if description else None
-    ids = description.class_ids if description else None
+    described = description or Description()
     registered = class_names(datasets) or {}
-    names = names or registered
-    if ids is None and names == registered:
-        ids = class_ids(datasets)
-    metadata = Metadata(thing_classes=names.get("thing", []), stuff_classes=names.get("stuff", []))
+    names = described.class_names or registered
+    ids, colors = described.class_ids, described.class_colors
     if names == registered:
-        metadata = metadata_of(datasets)
+        ids, colors = ids or class_ids(datasets), colors or class_colors(datasets)
+    kinds = ("thing", "stuff")
+    metadata = Metadata(
+        **{f"{kind}_classes": names.get(kind, []) for kind in kinds},
+        **{f"{kind}_colors": (colors or {}).get(kind, []) for kind in kinds},
+    )
     colored = with_colors(metadata)
-    thing_ids, stuff_ids = ((ids or {}).get(kind) for kind in ("thing", "stuff"))
+    thing_ids, stuff_ids = ((ids or {}).get(kind) for kind in kinds)
     return Classes(
         tuple(names.get("thing", ())),
         tuple(names.get("stuff", ())),

@@ -126,8 +126,9 @@ class Predictor:
             ValueError: if it cannot be read.
         """
         pixels = read_pixels(image, self._model.channels)
-        tensor = torch.from_numpy(np.ascontiguousarray(self._resized(pixels).transpose(2, 0, 1)))
         name = os.fspath(image) if isinstance(image, str | os.PathLike) else None
+        resized = self._resized(pixels, name or "one")
+        tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
         return Loaded(tensor, to_rgb(pixels, self._model.channels), name)
 
     def predict(self, pictures: Iterable[Loaded]) -> list[Prediction]:
@@ -165,7 +166,7 @@ class Predictor:
                 for output, picture in zip(outputs, pictures, strict=True)
             ]
 
-    def _resized(self, pixels: np.ndarray) -> np.ndarray:
+    def _resized(self, pixels: np.ndarray, name: str) -> np.ndarray:
         height, width = pixels.shape[:2]
         if not self._shortest:
             return pixels
@@ -173,7 +174,7 @@ class Predictor:
         new_height, new_width = ResizeShortestEdge.get_output_shape(height, width, *sizes)
         if not (new_height and new_width):
             raise ValueError(
-                f"a picture must keep a pixel when it is resized to {self._longest} at most, got "
-                f"{width}x{height}. Cut it."
+                f"a picture must keep a pixel of each side when its longest is made {sizes[1]}, got "
+                f"{name} of {width}x{height}. Cut it."
             )
         return ResizeTransform(height, width, new_height, new_width).apply_image(pixels)

@@ -1,6 +1,7 @@
 """Pictures of any kind as the pixels that training reads from their files."""
 
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,8 @@ def _read_file(path: str, channels: str) -> np.ndarray:
         if isinstance(error, OSError) and error.errno is not None:
             reason = error.strerror
         else:
-            reason = " ".join(str(error).split()).replace(f" {path!r}", "")
+            # Pillow names the open file, or the path, which is said already.
+        reason = re.sub(r" (<_io\.\S+ name=.*>|'.*')$", "", " ".join(str(error).split()))
         raise ValueError(
             f"a picture must be whole and readable, got {path}: {reason.rstrip('.')}. "
             "Restore the file, or leave it out."

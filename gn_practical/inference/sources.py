@@ -91,8 +91,8 @@ def _in_folder(folder: str, recursive: bool, without: str | None) -> Iterator[So
             empty = False
             yield _of_file(path)
     if empty:
-        hint = "" if recursive else ", or only in folders of its own: --recursive"
-        raise ValueError(f"the folder has no picture and no video ({', '.join(PICTURES)}){hint}")
+        hint = "" if recursive else "; --recursive looks into the folders in it"
+        raise ValueError(f"the folder holds no picture and no video{hint}")
 
 
 def _of_file(path: str) -> Source:

@@ -42,6 +42,7 @@ class Description:
         norm_eps: epsilon of the norms.
         class_names: by "thing" and "stuff", in the order of the model's outputs.
         class_ids: the data set's ids of these classes, likewise.
+        class_colors: (red, green, blue) that the data set draws them in, likewise.
         resize: ``INPUT``'s keys of the size at test time.
         rule: rule that the groups come from.
         versions: {package: version} of what trained them.
@@ -62,6 +63,7 @@ class Description:
     norm_eps: float | None = None
     class_names: dict[str, list[str]] | None = None
     class_ids: dict[str, list[int]] | None = None
+    class_colors: dict[str, list[list[int]]] | None = None
     resize: dict[str, Any] | None = None
     rule: str | None = None
     versions: dict[str, str] = field(default_factory=dict)

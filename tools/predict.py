@@ -71,7 +71,7 @@ def parse_args() -> argparse.Namespace:
     add("--format", choices=("coco", "none"), default="coco", help="of the results (default: coco)")
     add("--ids-from", metavar="JSON", help="take ids of pictures and classes from a data set's")
     add("--replace", action="store_true", help="write over earlier results in --output")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # inputs may stand on both sides of the options
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         parser.error(f"--threshold must be from 0 to 1, got {args.threshold:g}")
     for name in ("batch_size", "min_size"):

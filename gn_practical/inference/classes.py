@@ -72,14 +72,17 @@ class Classes:
 
     def categories(self) -> list[dict[str, Any]]:
         """Return the classes as the ``categories`` of COCO's files."""
-        stuff = list(enumerate(self.stuff))
-        if self.things and self.stuff and self.stuff[0] == "things":
-            del stuff[0]
-        pairs = [(True, *each) for each in enumerate(self.things)]
         return [
             {"id": self.dataset_id(number, thing), "name": name, "isthing": int(thing)}
-            for thing, number, name in [*pairs, *((False, *each) for each in stuff)]
+            for thing, number, name in self._all()
         ]
+
+    def _all(self) -> list[tuple[bool, int, str]]:
+        """Return (thing, number, name) of all classes but "things" among the stuff."""
+        stuff = [(False, number, name) for number, name in enumerate(self.stuff)]
+        if self.things and stuff and self.stuff[0] == "things":
+            del stuff[0]
+        return [*((True, number, name) for number, name in enumerate(self.things)), *stuff]
 
     def chosen(self, names: Iterable[str]) -> "Chosen":
         """Return which classes are asked for.
@@ -91,8 +94,9 @@ class Classes:
         Raises:
             ValueError: naming the first that is unknown, and those near to it.
         """
-        known = {name: (True, i) for i, name in reversed(list(enumerate(self.things)))}
-        known = {**{n: (False, i) for i, n in reversed(list(enumerate(self.stuff)))}, **known}
+        known: dict[str, set[tuple[bool, int]]] = {}
+        for thing, number, name in self._all():  # names of which one may be given twice
+            known.setdefault(name, set()).add((thing, number))
         wanted = [
             part
             for name in names
@@ -107,7 +111,7 @@ class Classes:
                     f"classes must be among the model's {len(known)}, got {name!r}. "
                     f"Near to it: {', '.join(near)}."
                 )
-        return Chosen(frozenset(known[name] for name in wanted))
+        return Chosen(frozenset().union(*(known[name] for name in wanted)))
 
     def with_ids_of(self, categories: Sequence[Mapping[str, Any]], path: str) -> "Classes":
         """Return the classes with the ids that a data set's json has for their names.
@@ -120,8 +124,9 @@ class Classes:
             ValueError: if it lacks one of the classes.
         """
         ids = {category["name"]: category["id"] for category in categories}
-        without = [n for n in (*self.things, *self.stuff[1:]) if n not in ids]
-        if without or not ids or not (self.things or self.stuff):
+        names = [name for _, _, name in self._all()]
+        without = [name for name in names if name not in ids]
+        if without or not names:
             what = repr(without[0]) if without else "none of the model's, which has no names"
             raise ValueError(
                 f"a json of ids must have all classes of the model, got {path} without {what}. "

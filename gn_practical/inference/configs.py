@@ -16,6 +16,7 @@ from gn_practical.weights.description import Description
 from gn_practical.weights.stored import merge_described_config
 
 _logger = logging.getLogger(__name__)
+_OF_TRAINING = ("MODEL.WEIGHTS_MIN_SHARE",)
 _OF_YACS = (KeyError, AssertionError, ValueError, TypeError, AttributeError, RecursionError)
 
 
@@ -90,6 +91,7 @@ def _merge_file(cfg: CfgNode, name: str) -> None:
             f"a config must be a YAML file of known keys, got {name}: {what}. Correct it."
         ) from error
     of_models = [key for key in unknown if key.startswith(("MODEL.", "INPUT."))]
+    of_models = [key for key in of_models if key not in _OF_TRAINING]
     if of_models:
         _logger.warning("%s: %s: no effect here.", name, ", ".join(of_models))
 

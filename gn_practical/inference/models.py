@@ -93,7 +93,8 @@ def fill(model: nn.Module, cfg: CfgNode, weights: Weights, path: str) -> None:
     placed, own = place(model, weights), model.state_dict()
     fitting = {k: v for k, v in placed.items() if k not in own or own[k].shape == v.shape}
     incompatible = model.load_state_dict(fitting, strict=False)
-    purpose = Purpose("evaluation", allow_differences=cfg.TEST.get("ALLOW_DIFFERENCES", False))
+    allowed = cfg.TEST.get("ALLOW_DIFFERENCES", False)
+    purpose = Purpose("evaluation", min_share=0.0, allow_differences=allowed)
     present = describe(model, {**describe_config(cfg), "class_names": None})
     check_loaded(path, weights, placed, model, incompatible, present, purpose)
 

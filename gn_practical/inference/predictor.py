@@ -174,7 +174,7 @@ class Predictor:
         new_height, new_width = ResizeShortestEdge.get_output_shape(height, width, *sizes)
         if not (new_height and new_width):
             raise ValueError(
-                f"a picture must keep a pixel of each side when its longest is made {sizes[1]}, got "
-                f"{name} of {width}x{height}. Cut it."
+                f"a picture must keep a pixel of each side at a longest of {sizes[1]}, got {name} "
+                f"of {width}x{height}. Cut it."
             )
         return ResizeTransform(height, width, new_height, new_width).apply_image(pixels)

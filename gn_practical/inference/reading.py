@@ -59,7 +59,7 @@ def _read_file(path: str, channels: str) -> np.ndarray:
             reason = error.strerror
         else:
             # Pillow names the open file, or the path, which is said already.
-        reason = re.sub(r" (<_io\.\S+ name=.*>|'.*')$", "", " ".join(str(error).split()))
+            reason = re.sub(r" (<_io\.\S+ name=.*>|'.*')$", "", " ".join(str(error).split()))
         raise ValueError(
             f"a picture must be whole and readable, got {path}: {reason.rstrip('.')}. "
             "Restore the file, or leave it out."

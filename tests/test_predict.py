@@ -234,6 +234,18 @@ def test_thresholds_sizes_and_classes(run, predictor, picture):
         Predictor(run[2], threshold=50)
 
 
+def test_a_model_that_code_has_built_takes_the_weights(run, predictor, picture, tmp_path):
+    cfg, trained, weights = run
+    model = build_model(cfg)
+    built = Predictor(weights, model=model)
+    assert not model.training
+    assert torch.equal(built(picture).instances.scores, predictor(picture).instances.scores)
+    assert built.classes == predictor.classes
+    torch.save({"model": trained.state_dict()}, tmp_path / "plain.pth")
+    with pytest.raises(ValueError, match=r"plain.pth, which does not. Give --config-file"):
+        Predictor(tmp_path / "plain.pth", model=model)
+
+
 def test_what_is_no_picture_is_one_line(predictor, tmp_path):
     (tmp_path / "text.jpg").write_text("no picture")
     Image.new("RGB", (1, 5000)).save(tmp_path / "thread.png")
@@ -278,6 +290,9 @@ def test_weights_without_a_config_say_which_to_give(run, predictor, tmp_path, pi
         ValueError, match=r"name in Detectron2's model zoo, got config_file=no.yaml"
     ):
         Predictor(weights, "no.yaml")
+    (tmp_path / "lazy.yaml").write_text("model: {_target_: somewhere}")
+    with pytest.raises(ValueError, match=r"got .*lazy.yaml, a Python config, which is code"):
+        Predictor(weights, str(tmp_path / "lazy.yaml"))
     with pytest.raises(ValueError, match=r"got device=cuda:99"):
         Predictor(weights, device="cuda:99")
 

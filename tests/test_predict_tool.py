@@ -361,7 +361,9 @@ def test_every_kind_of_output_is_drawn_and_written(tmp_path):
         "no segments": {"panoptic_seg": (torch.zeros(20, 30, dtype=torch.int32), [])},
         "panoptic": one_box([{"height": 20, "width": 30}])[0],
         "no names": one_box([{"height": 20, "width": 30}])[0],
+        "keypoints": {"instances": one_box([{"height": 20, "width": 30}])[0]["instances"]},
     }
+    outputs["keypoints"]["instances"].pred_keypoints = torch.rand(1, 17, 3)
     for name, output in outputs.items():
         classes = Classes() if name == "no names" else MODEL.classes
         prediction = make_prediction(output, pixels, classes)
@@ -372,6 +374,7 @@ def test_every_kind_of_output_is_drawn_and_written(tmp_path):
         with ResultsFolder(tmp_path / name, classes) as folder:
             folder.add(frame, prediction)
     assert read(tmp_path / "nothing/coco_instances_results.json") == []
+    assert len(read(tmp_path / "keypoints/coco_instances_results.json")[0]["keypoints"]) == 51
     box = {"image_id": 1, "category_id": 0, "bbox": [1, 2, 8, 7], "score": 0.5}
     assert read(tmp_path / "proposals/coco_instances_results.json") == [box]
     assert read(tmp_path / "semantic/sem_seg_predictions.json")[0]["image_id"] == 1

@@ -170,6 +170,8 @@ def run(args: argparse.Namespace) -> int:
         read += [each for each in (args.weights, args.config_file, args.ids_from) if each]
         check_folder(args.output, args.replace, read)  # before the model, which takes a while
         predictor = load(args, ids)
+        if interruption.asked:
+            return interruption.exit_code
         with (
             ResultsFolder(
                 args.output,

@@ -17,6 +17,10 @@ from gn_practical.weights.stored import merge_described_config
 
 _logger = logging.getLogger(__name__)
 _OF_TRAINING = ("MODEL.WEIGHTS_MIN_SHARE",)
+_LAZY = (
+    "a config must be a YAML file of Detectron2's keys, got {}, a Python config, which is code and "
+    "is not run. Build its model, and give it to gn_practical.Predictor(weights, model=...)."
+)
 _OF_YACS = (KeyError, AssertionError, ValueError, TypeError, AttributeError, RecursionError)
 
 
@@ -45,6 +49,8 @@ def config_for(
     add_pgn_config(cfg)
     if config_file:
         _merge_file(cfg, config_file)
+    elif getattr(description, "lazy_config", None):
+        raise ValueError(_LAZY.format(path))
     elif description.config is None:
         raise ValueError(
             "a model without --config-file must hold the config it was trained with, got "
@@ -75,17 +81,18 @@ def _merge_file(cfg: CfgNode, name: str) -> None:
                 f"config_file={name}. Correct the path."
             ) from None
     if path.endswith(".py"):
-        raise ValueError(
-            f"a config must be a YAML file, got {name}. Python configs are code and are not read; "
-            "a checkpoint that this package trained from one is used without."
-        )
+        raise ValueError(_LAZY.format(name))
     try:
         loaded = CfgNode.load_yaml_with_base(path, allow_unsafe=False)
+        if "model" in loaded:  # in place of MODEL
+            raise ValueError(_LAZY.format(name))
         unknown = sorted(set(_keys(loaded)) - set(_keys(cfg)))
         cfg.set_new_allowed(True)
         cfg.merge_from_other_cfg(CfgNode(loaded))
         cfg.set_new_allowed(False)
     except (*_OF_YACS, yaml.YAMLError, OSError) as error:
+        if str(error) == _LAZY.format(name):
+            raise
         what = " ".join(str(error).split())
         raise ValueError(
             f"a config must be a YAML file of known keys, got {name}: {what}. Correct it."

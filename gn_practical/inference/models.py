@@ -1,6 +1,6 @@
 """A trained model from its file, with what must be known to feed it and to read its output."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ def load_model(
     if threshold is not None:
         set_threshold(cfg, threshold)
     model = build_model(cfg).eval()
-    fill(model, cfg, weights, path)
+    fill(model, weights, path, describe_config(cfg), cfg.TEST.get("ALLOW_DIFFERENCES", False))
     return TrainedModel(
         run=model,
         channels=_checked_format(cfg.INPUT.FORMAT),
@@ -78,14 +78,49 @@ def load_model(
     )
 
 
-def fill(model: nn.Module, cfg: CfgNode, weights: Weights, path: str) -> None:
+def load_into(model: nn.Module, path: str) -> TrainedModel:
+    """Load a checkpoint into a model that was built by code, such as of a LazyConfig.
+
+    Args:
+        model: takes the weights, and is set to evaluation.
+        path: a file or an address; it must say how its pictures are read, as those of this package.
+
+    Raises:
+        ValueError: if the file does not fill the model, or does not say how pictures are read.
+    """
+    weights = read_weights(path)
+    description = weights.description
+    if not (description.input_format and description.resize):
+        raise ValueError(
+            "weights for a model that is given must say the order of channels and the size that "
+            f"it takes, got {path}, which does not. Give --config-file in place of the model."
+        )
+    fill(model.eval(), weights, path)
+    parameter = next(model.parameters(), None)
+    return TrainedModel(
+        run=model,
+        channels=_checked_format(description.input_format),
+        sizes=(description.resize["MIN_SIZE_TEST"], description.resize["MAX_SIZE_TEST"]),
+        classes=classes_of(description),
+        device="cpu" if parameter is None else str(parameter.device),
+    )
+
+
+def fill(
+    model: nn.Module,
+    weights: Weights,
+    path: str,
+    of_config: Mapping[str, Any] | None = None,
+    allow_differences: bool = False,
+) -> None:
     """Load weights into a model, all of them, as an evaluation does.
 
     Args:
-        model: built from ``cfg``.
-        cfg: its config.
+        model: takes them.
         weights: as they were read.
         path: of the weights, for errors.
+        of_config: what its config says, by :func:`gn_practical.weights.describe.describe_config`.
+        allow_differences: warn where the weights were trained with another model or input.
 
     Raises:
         ValueError: if they do not fill the model, or were trained with another one.
@@ -93,9 +128,8 @@ def fill(model: nn.Module, cfg: CfgNode, weights: Weights, path: str) -> None:
     placed, own = place(model, weights), model.state_dict()
     fitting = {k: v for k, v in placed.items() if k not in own or own[k].shape == v.shape}
     incompatible = model.load_state_dict(fitting, strict=False)
-    allowed = cfg.TEST.get("ALLOW_DIFFERENCES", False)
-    purpose = Purpose("evaluation", min_share=0.0, allow_differences=allowed)
-    present = describe(model, {**describe_config(cfg), "class_names": None})
+    purpose = Purpose("evaluation", min_share=0.0, allow_differences=allow_differences)
+    present = describe(model, {**(of_config or {}), "class_names": None})
     check_loaded(path, weights, placed, model, incompatible, present, purpose)
 
 

@@ -64,6 +64,7 @@ def paint(prediction: "Prediction", scale: float | None = None) -> np.ndarray:
     if regions:
         _blend(canvas, labels, [region.color for region in regions])
     _write_boxes(canvas, boxes, scale)
+    _mark_keypoints(canvas, prediction, scale)
     for region in regions:
         if region.text:
             _write(canvas, region.text, region.color, center=_inside(region.mask, scale))
@@ -137,12 +138,24 @@ def _blend(canvas: np.ndarray, labels: np.ndarray, colors: list[Color]) -> None:
 
 
 def _write_boxes(canvas: np.ndarray, boxes: list[Box], scale: float) -> None:
-    thickness = max(1, round(min(canvas.shape[:2]) / 400))
+    thickness = max(1, round(min(canvas.shape[:2]) / 250))
     for box in reversed(boxes):  # the highest score on top
         x0, y0, x1, y1 = (round(each * scale) for each in box.corners)
         cv2.rectangle(canvas, (x0, y0), (x1, y1), box.color, thickness)
         if box.text:
             _write(canvas, box.text, box.color, corner=(x0, y0))
+
+
+def _mark_keypoints(canvas: np.ndarray, prediction: "Prediction", scale: float) -> None:
+    found = prediction.instances
+    if found is None or not found.has("pred_keypoints"):
+        return
+    radius = max(2, round(min(canvas.shape[:2]) / 150))
+    for points in found[found.scores >= prediction.least_score].pred_keypoints.tolist():
+        for x, y, _ in points:
+            at = round(x * scale), round(y * scale)
+            cv2.circle(canvas, at, radius, (255, 255, 255), -1, cv2.LINE_AA)
+            cv2.circle(canvas, at, radius, (0, 0, 0), 1, cv2.LINE_AA)
 
 
 def _write(

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from detectron2.data.transforms import ResizeShortestEdge, ResizeTransform
+from torch import nn
 
 from gn_practical.inference.classes import Chosen, Classes
-from gn_practical.inference.models import load_model
+from gn_practical.inference.models import load_into, load_model
 from gn_practical.inference.prediction import Prediction, make_prediction
 from gn_practical.inference.reading import read_pixels, to_rgb
 
@@ -47,6 +48,8 @@ class Predictor:
             is computed of.
         classes: names of the classes to keep; by default all.
         opts: keys of the config and values in turn.
+        model: one that was built by code, as of a LazyConfig, to take the weights; its config,
+            device and threshold are then its own.
 
     Raises:
         ValueError: if the weights are no model, or hold no config; says what to give.
@@ -67,6 +70,7 @@ class Predictor:
         threshold: float | None = None,
         classes: Sequence[str] | None = None,
         opts: Sequence[str] = (),
+        model: nn.Module | None = None,
     ) -> None:
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(
@@ -74,8 +78,11 @@ class Predictor:
             )
         if min_size is not None and min_size < 1:
             raise ValueError(f"min_size must be at least 1, got min_size={min_size}. Give pixels.")
-        self._model = load_model(
-            os.fspath(weights), config_file, device=device, threshold=threshold, opts=opts
+        path = os.fspath(weights)
+        self._model = (
+            load_model(path, config_file, device=device, threshold=threshold, opts=opts)
+            if model is None
+            else load_into(model, path)
         )
         shortest, self._longest = self._model.sizes
         self._shortest = min_size or shortest

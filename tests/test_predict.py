@@ -271,9 +271,9 @@ def test_what_is_no_picture_is_one_line(predictor, tmp_path):
 def test_weights_without_a_config_say_which_to_give(run, predictor, tmp_path, picture):
     cfg, model, weights = run
     state = {"model": model.state_dict()}
-    torch.save(state, tmp_path / "model_final_c10459.pkl.pth")
+    torch.save(state, tmp_path / "model.pth")
     with pytest.raises(ValueError, match=r"Give --config-file: the config\.yaml"):
-        Predictor(tmp_path / "model_final_c10459.pkl.pth")
+        Predictor(tmp_path / "model.pth")
     zoo = "COCO-PanopticSegmentation/panoptic_fpn_R_50_3x.yaml"
     torch.save(state, tmp_path / "model_final_c10459.pkl")
     with pytest.raises(ValueError, match=f"model zoo: give --config-file {zoo}"):

@@ -134,11 +134,17 @@ def say(text: str) -> None:
     tqdm.write(f"error: {line}", file=sys.stderr)
 
 
+def counted(number: int, what: str) -> str:
+    """Return a number of things."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def report(progress: "Progress", args: argparse.Namespace, has_ids: bool) -> None:
     """Say what was done, and where it is."""
     rate = progress.done / progress.seconds if progress.seconds else 0
-    failed = f", {progress.failed} inputs failed" if progress.failed else ""
-    print(f"{progress.done} pictures in {progress.seconds:.1f} s ({rate:.1f} pictures/s){failed}.")
+    took = f"{progress.seconds:.1f} s ({rate:.1f} pictures/s)"
+    failed = f", {counted(progress.failed, 'input')} failed" if progress.failed else ""
+    print(f"{counted(progress.done, 'picture')} in {took}{failed}.")
     if progress.done:
         print(f"Results: {args.output}")
     if progress.done and args.format == "coco" and not has_ids:

@@ -127,7 +127,7 @@ def _advice(path: str) -> str:
 
 def _in_the_zoo(path: str) -> str:
     """Return the zoo's config of a checkpoint, whose file's name ends in a hash of the content."""
-    name = path.rsplit("/", 1)[-1]
+    name = _stem(path)
     root = Path(model_zoo.get_config_file("Base-RCNN-FPN.yaml")).parent
     for config in sorted(root.rglob("*.yaml")):
         config_name = config.relative_to(root).as_posix()
@@ -135,9 +135,13 @@ def _in_the_zoo(path: str) -> str:
             url = model_zoo.get_checkpoint_url(config_name)
         except RuntimeError:
             continue
-        if url.rsplit("/", 1)[-1] == name:
+        if _stem(url) == name:
             return config_name
     return ""
+
+
+def _stem(path: str) -> str:
+    return path.rsplit("/", 1)[-1].rsplit(".", 1)[0]
 
 
 def _checked_device(device: str | None) -> str:

@@ -18,6 +18,7 @@ from pycocotools.cocoeval import COCOeval
 import gn_practical
 from gn_practical.inference import Predictor
 from gn_practical.inference.classes import Classes, classes_of
+from gn_practical.inference.configs import config_for
 from gn_practical.inference.dataset_ids import DatasetIds
 from gn_practical.inference.reading import read_pixels
 from gn_practical.inference.results import ResultsFolder
@@ -232,6 +233,13 @@ def test_thresholds_sizes_and_classes(run, predictor, picture):
         changed.keep_classes(["disk"])
     with pytest.raises(ValueError, match="from 0 to 1, got threshold=50"):
         Predictor(run[2], threshold=50)
+
+
+def test_configs_of_the_zoo_are_read_whatever_tags_they_have(caplog):
+    cfg = config_for("x.pkl", Description(), "COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    assert cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    assert len(cfg.MODEL.ANCHOR_GENERATOR.SIZES) == 5
+    assert not caplog.records
 
 
 def test_a_model_that_code_has_built_takes_the_weights(run, predictor, picture, tmp_path):

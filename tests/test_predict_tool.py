@@ -17,7 +17,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from gn_practical.inference import Predictor, results
+from gn_practical.inference import Predictor, frames, results
 from gn_practical.inference import predictor as predictor_module
 from gn_practical.inference.classes import Classes
 from gn_practical.inference.dataset_ids import DatasetIds
@@ -214,14 +214,47 @@ def test_videos(predict, tmp_path):
     images = read("out/images.json")["images"]
     of = {name: [each for each in images if each["file_name"] == name] for name in
           ("whole.avi", "cut.avi", "whole.mp4")}  # fmt: skip
-    for name, frames in of.items():
-        assert [each["frame"] for each in frames] == list(range(len(frames)))
-        video = cv2.VideoCapture(str(Path("out", frames[0]["picture"])))
-        assert video.get(cv2.CAP_PROP_FRAME_COUNT) == len(frames), name
+    for name, entries in of.items():
+        assert [each["frame"] for each in entries] == list(range(len(entries)))
+        video = cv2.VideoCapture(str(Path("out", entries[0]["picture"])))
+        assert video.get(cv2.CAP_PROP_FRAME_COUNT) == len(entries), name
         assert video.get(cv2.CAP_PROP_FPS) == 10
     assert len(of["whole.avi"]) == len(of["whole.mp4"]) == 12 > len(of["cut.avi"]) > 0
     assert not list(Path("out").rglob("*.tmp*"))
     assert len({each["picture"] for each in images}) == 3
+
+
+def test_a_camera_runs_until_ctrl_c(predict, tmp_path, monkeypatch):
+    class Camera:
+        frames = 0
+
+        def __init__(self, number):
+            assert number == 0
+
+        def isOpened(self):
+            return True
+
+        def get(self, key):
+            return -1.0  # it knows neither its rate nor an end
+
+        def read(self):
+            self.frames += 1
+            if self.frames == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return True, np.full((48, 64, 3), 50, np.uint8)
+
+        def release(self):
+            pass
+
+    monkeypatch.setattr(frames.cv2, "VideoCapture", Camera)
+    done = predict("0", "--output", "out")
+    monkeypatch.undo()
+    assert done.code == 128 + signal.SIGTERM
+    seen = read(tmp_path / "out/images.json")["images"]
+    assert len(seen) > 0
+    assert {each["picture"] for each in seen} == {"videos/camera_0.mp4"}
+    video = cv2.VideoCapture(str(tmp_path / "out/videos/camera_0.mp4"))
+    assert video.get(cv2.CAP_PROP_FRAME_COUNT) == len(seen)
 
 
 def test_options(predict, pictures):

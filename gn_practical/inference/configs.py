@@ -24,6 +24,10 @@ _LAZY = (
 _OF_YACS = (KeyError, AssertionError, ValueError, TypeError, AttributeError, RecursionError)
 
 
+class _ConfigError(ValueError):
+    """Says already which file is wrong."""
+
+
 def config_for(
     path: str,
     description: Description,
@@ -71,36 +75,48 @@ def config_for(
 
 def _merge_file(cfg: CfgNode, name: str) -> None:
     """Merge a YAML file; keys of trainers, which a model does not need, may be among them."""
-    path = name
-    if not os.path.isfile(name):
-        try:
-            path = model_zoo.get_config_file(name)
-        except RuntimeError:
-            raise ValueError(
-                "a config must be a YAML file or a name in Detectron2's model zoo, got "
-                f"config_file={name}. Correct the path."
-            ) from None
-    if path.endswith(".py"):
-        raise ValueError(_LAZY.format(name))
     try:
-        loaded = CfgNode.load_yaml_with_base(path, allow_unsafe=False)
-        if "model" in loaded:  # in place of MODEL
-            raise ValueError(_LAZY.format(name))
+        loaded = _read_yaml(name)
         unknown = sorted(set(_keys(loaded)) - set(_keys(cfg)))
         cfg.set_new_allowed(True)
         cfg.merge_from_other_cfg(CfgNode(loaded))
         cfg.set_new_allowed(False)
+    except _ConfigError:
+        raise
     except (*_OF_YACS, yaml.YAMLError, OSError) as error:
-        if str(error) == _LAZY.format(name):
-            raise
         what = " ".join(str(error).split())
-        raise ValueError(
+        raise _ConfigError(
             f"a config must be a YAML file of known keys, got {name}: {what}. Correct it."
         ) from error
     of_models = [key for key in unknown if key.startswith(("MODEL.", "INPUT."))]
     of_models = [key for key in of_models if key not in _OF_TRAINING]
     if of_models:
         _logger.warning("%s: %s: no effect here.", name, ", ".join(of_models))
+
+
+def _read_yaml(name: str) -> dict[str, Any]:
+    """Read a file, or a config of the zoo, some of which have tags that run code: its own."""
+    if name.endswith(".py"):
+        raise _ConfigError(_LAZY.format(name))
+    if os.path.isfile(name):
+        loaded = CfgNode.load_yaml_with_base(name, allow_unsafe=False)
+        if "model" in loaded:  # in place of MODEL
+            raise _ConfigError(_LAZY.format(name))
+        return loaded
+    try:
+        path = model_zoo.get_config_file(name)
+    except RuntimeError:
+        raise _ConfigError(
+            "a config must be a YAML file or a name in Detectron2's model zoo, got "
+            f"config_file={name}. Correct the path."
+        ) from None
+    logger = logging.getLogger("fvcore.common.config")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of the tags
+    try:
+        return CfgNode.load_yaml_with_base(path, allow_unsafe=True)
+    finally:
+        logger.setLevel(level)
 
 
 def _keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

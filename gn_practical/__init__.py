@@ -5,6 +5,10 @@ Importing the package makes the norm type "PGN" and its relatives known to Detec
 """
 
 import warnings
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gn_practical.inference import Predictor as Predictor
 
 with warnings.catch_warnings():
     # What today's PyTorch says when it sees Detectron2.
@@ -44,3 +48,12 @@ __all__ = [
 ]
 
 register_pgn()
+
+
+def __getattr__(name: str) -> Any:
+    """Load what only those who predict need: :class:`gn_practical.inference.Predictor`."""
+    if name == "Predictor":
+        from gn_practical.inference import Predictor
+
+        return Predictor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

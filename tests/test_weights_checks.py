@@ -62,7 +62,7 @@ def checkpointer(folder, changes=None, **options):
 
 def said_in(caplog, level=logging.WARNING):
     """What loading says; a run in this process before may have set loggers to more."""
-    mine = [r for r in caplog.records if r.name.endswith("checkpoint.loading")]
+    mine = [r for r in caplog.records if r.name.endswith("weights.loading")]
     return [record.getMessage() for record in mine if record.levelno >= level]
 
 
@@ -131,7 +131,7 @@ def test_what_is_the_same_is_said_in_one_line(trained, weights, caplog):
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="gn_practical"):
             load(checkpointer(trained, **options))
-        (line,) = [r for r in caplog.records if r.name.endswith("checkpoint.loading")]
+        (line,) = [r for r in caplog.records if r.name.endswith("weights.loading")]
         assert line.levelno == logging.INFO
         assert "100 % of the model (backbone.bottom_up 100 %) filled, 100 % of the" in line.message
         assert not [r for r in caplog.records if r.levelno > logging.INFO]

@@ -160,7 +160,8 @@ def report(weights: "Weights") -> None:
 
     from gn_practical.weights.config_keys import as_yaml, config_keys
 
-    hidden = ("config", "lazy_config", "versions", "standardized_layers")
+    long = ("class_colors", "class_ids", "config", "lazy_config", "standardized_layers")
+    hidden = (*long, "versions")
     rows = [
         (key.replace("_", " "), in_words(value))
         for key, value in vars(weights.description).items()

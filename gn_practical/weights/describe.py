@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.layers import CNNBlockBase
 from torch import nn
 
@@ -70,6 +71,8 @@ def describe_config(cfg: CfgNode) -> dict[str, Any]:
         "pixel_mean": tuple(keys["MODEL"]["PIXEL_MEAN"]),
         "pixel_std": tuple(keys["MODEL"]["PIXEL_STD"]),
         "class_names": class_names(keys["DATASETS"]["TRAIN"]),
+        "class_ids": class_ids(keys["DATASETS"]["TRAIN"]),
+        "class_colors": class_colors(keys["DATASETS"]["TRAIN"]),
         "resize": {key: keys["INPUT"][key] for key in _RESIZE},
         "rule": pgn and (str(pgn["NUM_GROUPS"]) if pgn["NUM_GROUPS"] else pgn["RULE"]),
         "config": None if lazy else yaml.safe_dump(keys, sort_keys=False),
@@ -105,16 +108,41 @@ def _plain(cfg: CfgNode) -> dict[str, Any]:
 
 def class_names(datasets: Iterable[str]) -> dict[str, list[str]] | None:
     """Return the classes of the first data set that has any, by "thing" and "stuff"."""
+    metadata = metadata_of(datasets)
+    names = {kind: list(metadata.get(f"{kind}_classes") or ()) for kind in ("thing", "stuff")}
+    return {kind: each for kind, each in names.items() if each} or None
+
+
+def class_ids(datasets: Iterable[str]) -> dict[str, list[int]] | None:
+    """Return the data set's ids of the classes that :func:`class_names` names, where it has any."""
+    metadata = metadata_of(datasets)
+    found = {}
+    for kind in ("thing", "stuff"):
+        numbers = metadata.get(f"{kind}_dataset_id_to_contiguous_id") or {}
+        ids = {number: each for each, number in numbers.items()}
+        if ids and sorted(ids) == list(range(len(metadata.get(f"{kind}_classes") or ()))):
+            found[kind] = [ids[number] for number in range(len(ids))]
+    return found or None
+
+
+def class_colors(datasets: Iterable[str]) -> dict[str, list[list[int]]] | None:
+    """Return the data set's colours of the classes that :func:`class_names` names."""
+    metadata = metadata_of(datasets)
+    found = {}
+    for kind in ("thing", "stuff"):
+        colors = [[int(each) for each in rgb] for rgb in metadata.get(f"{kind}_colors") or ()]
+        if colors and len(colors) == len(metadata.get(f"{kind}_classes") or ()):
+            found[kind] = colors
+    return found or None
+
+
+def metadata_of(datasets: Iterable[str]) -> Metadata:
+    """Return the metadata of the first data set that has classes, else empty ones."""
     for name in datasets:
-        metadata = MetadataCatalog.get(name) if name in MetadataCatalog else None
-        names = {
-            kind: list(metadata.get(f"{kind}_classes"))
-            for kind in ("thing", "stuff")
-            if metadata is not None and metadata.get(f"{kind}_classes")
-        }
-        if names:
-            return names
-    return None
+        metadata = MetadataCatalog.get(name) if name in MetadataCatalog else Metadata()
+        if any(metadata.get(f"{kind}_classes") for kind in ("thing", "stuff")):
+            return metadata
+    return Metadata()
 
 
 def _pixels(model: nn.Module, name: str) -> tuple[float, ...] | None:

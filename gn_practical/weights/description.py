@@ -41,6 +41,8 @@ class Description:
         norm: kind of the backbone's norms, "GN" or "BN" (frozen ones too).
         norm_eps: epsilon of the norms.
         class_names: by "thing" and "stuff", in the order of the model's outputs.
+        class_ids: the data set's ids of these classes, likewise.
+        class_colors: (red, green, blue) that the data set draws them in, likewise.
         resize: ``INPUT``'s keys of the size at test time.
         rule: rule that the groups come from.
         versions: {package: version} of what trained them.
@@ -61,6 +63,8 @@ class Description:
     norm: str | None = None
     norm_eps: float | None = None
     class_names: dict[str, list[str]] | None = None
+    class_ids: dict[str, list[int]] | None = None
+    class_colors: dict[str, list[list[int]]] | None = None
     resize: dict[str, Any] | None = None
     rule: str | None = None
     versions: dict[str, str] = field(default_factory=dict)

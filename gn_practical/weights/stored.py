@@ -48,14 +48,27 @@ def merge_stored_config(cfg: CfgNode, path: str) -> None:
     Raises:
         ValueError: if it holds no config.
     """
-    description = load_description(path)
-    text = description.config
+    merge_described_config(cfg, load_description(path), path)
+
+
+def merge_described_config(cfg: CfgNode, description: Description, path: str) -> None:
+    """Merge the config of a description, that of the checkpoint at ``path``, into another one.
+
+    Args:
+        cfg: changed in place.
+        description: as :func:`load_description` returns it.
+        path: for the error.
+
+    Raises:
+        ValueError: if it holds no config.
+    """
     if description.lazy_config:
         raise ValueError(
             f"a checkpoint must hold a config of YAML keys here, got {path}, which was trained by "
             "a Python config (tools/lazyconfig_train_net.py). Give a YAML config of the same "
             "model, or evaluate it with that tool and its --config-file."
         )
+    text = description.config
     if text is None:
         raise ValueError(
             f"a checkpoint must hold the config it was trained with, got {path}, which holds none. "

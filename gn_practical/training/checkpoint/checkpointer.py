@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from gn_practical.training.checkpoint import files
 from gn_practical.training.checkpoint.finite_weights import require_finite_weights
-from gn_practical.training.checkpoint.loading import Purpose, check_loaded, place
 from gn_practical.training.checkpoint.snapshot import Snapshot
 from gn_practical.training.ranks import raise_on_all_ranks
 from gn_practical.weights import read_weights
 from gn_practical.weights.describe import class_names, describe, describe_config
+from gn_practical.weights.loading import Purpose, check_loaded, place
 from gn_practical.weights.report import MIN_SHARE
 from gn_practical.weights.safe_loading import load_torch
 

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from gn_practical.layers.protocol import BindableNorm
-from gn_practical.weights import Description, Weights, names_for
 from gn_practical.weights.comparison import class_differences, differences
 from gn_practical.weights.describe import trunk_of
+from gn_practical.weights.description import Description
+from gn_practical.weights.placing import names_for
+from gn_practical.weights.read import Weights
 from gn_practical.weights.report import MIN_SHARE, Filling, report_filling
 
 _logger = logging.getLogger(__name__)

@@ -218,7 +218,7 @@ def test_a_python_config_is_run(run, tmp_path):
 
 
 def test_a_wrong_input_is_one_line(run, tmp_path):
-    with pytest.raises(SystemExit, match=r"^error: a config must be a readable YAML file"):
+    with pytest.raises(SystemExit, match=r"^error: the config must be a file of .* does not exist"):
         run("--config-file", tmp_path / "none.yaml", "--tasks", "parameter")
     with pytest.raises(SystemExit, match=r"^error: output must be a file that can be written"):
         run("--config-file", TINY, "--tasks", "parameter", "--output", "/proc/no/costs.csv")

@@ -33,6 +33,10 @@ class HoleKeepingVisualizer(Visualizer):
             self.draw_binary_mask(masks[i].mask, color, text=text, alpha=alpha)
         return super().overlay_instances(assigned_colors=assigned_colors, **others)
 
+    def draw_text(self, text: str, position: Any, **style: Any) -> VisImage:
+        """Write a text as it is: without, matplotlib takes what is between dollars for formulas."""
+        return super().draw_text(text.replace("$", r"\$"), position, **style)
+
 
 def with_colors(metadata: Metadata) -> Metadata:
     """Return a copy in which each class has a colour: its own, or one that follows from its number.

@@ -5,7 +5,6 @@ import os
 from functools import cached_property
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -21,13 +20,10 @@ from gn_practical.inference.drawing import HoleKeepingVisualizer, with_colors
 from gn_practical.training.data.coco_format import read_json, rgb_to_id
 from gn_practical.training.data.registration import contiguous
 from gn_practical.training.evaluation.ids import unused
+from gn_practical.training.evaluation.panels import panel_scale, side_by_side
 from gn_practical.training.evaluation.sem_seg import read_label_image
 
 logger = logging.getLogger(__name__)
-
-_PANEL_WIDTH = (512, 1024)  # px: small images are enlarged until their texts are readable
-_GAP = 8
-_BAR = 32
 
 
 class PictureEvaluator(DatasetEvaluator):
@@ -85,7 +81,7 @@ class PictureEvaluator(DatasetEvaluator):
 
     def _draw(self, image: dict, output: dict) -> np.ndarray:
         pixels = read_image(image["file_name"], format="RGB")
-        scale = float(np.clip(pixels.shape[1], *_PANEL_WIDTH)) / pixels.shape[1]
+        scale = panel_scale(*pixels.shape[:2])
         prediction, truth = (
             HoleKeepingVisualizer(
                 pixels, with_colors(self._metadata), scale, ColorMode.SEGMENTATION
@@ -110,7 +106,7 @@ class PictureEvaluator(DatasetEvaluator):
             truth.draw_sem_seg(read_label_image(record["sem_seg_file_name"]))
             prediction.draw_sem_seg(output["sem_seg"].argmax(dim=0).cpu())
         panels = [visualizer.get_output().get_image() for visualizer in (prediction, truth)]
-        return _side_by_side(panels, [title, "ground truth"])
+        return side_by_side(panels, [title, "ground truth"])
 
     def _true_panoptic(self, image: dict) -> tuple[torch.Tensor, list[dict]]:
         annotation = self._panoptic_annotations[image["image_id"]]
@@ -135,14 +131,3 @@ class PictureEvaluator(DatasetEvaluator):
     def _panoptic_annotations(self) -> dict[Any, dict]:
         content = read_json(PathManager.get_local_path(self._metadata.panoptic_json))
         return {annotation["image_id"]: annotation for annotation in content["annotations"]}
-
-
-def _side_by_side(panels: list[np.ndarray], titles: list[str]) -> np.ndarray:
-    height, width = panels[0].shape[:2]
-    canvas = np.full((height + _BAR, 2 * width + _GAP, 3), 255, dtype=np.uint8)
-    for index, (panel, title) in enumerate(zip(panels, titles, strict=True)):
-        left = index * (width + _GAP)
-        canvas[_BAR:, left : left + width] = panel
-        font = cv2.FONT_HERSHEY_SIMPLEX
-        cv2.putText(canvas, title, (left + 6, 22), font, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
-    return canvas

@@ -1,0 +1,112 @@
+"""Pictures beside each other, with what is drawn on them in the colour of its class."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from detectron2.data.catalog import Metadata
+from detectron2.utils.visualizer import ColorMode
+
+from gn_practical.inference.drawing import HoleKeepingVisualizer
+
+_LONGER_SIDE = (512, 1024)  # px: small images are enlarged until their texts are readable
+_GAP = 8
+_BAR = 32
+_FONT = (cv2.FONT_HERSHEY_SIMPLEX, 0.6)
+
+
+class Shape(NamedTuple):
+    """Something to draw: a mask, a box, keypoints, or several of these."""
+
+    text: str
+    color: tuple[float, float, float]  # RGB from 0 to 255
+    mask: np.ndarray | None = None  # (H, W)
+    box: Sequence[float] | None = None  # left, top, right, bottom
+    keypoints: np.ndarray | None = None  # (K, 3): x, y, visibility
+
+    @property
+    def area(self) -> float:
+        """Pixels of the mask, or else of the box."""
+        if self.mask is not None:
+            return float(np.count_nonzero(self.mask))
+        left, top, right, bottom = self.box or (0, 0, 0, 0)
+        return (right - left) * (bottom - top)
+
+
+def panel_scale(height: int, width: int) -> float:
+    """Return by how much to enlarge or shrink a picture, given its size in pixels.
+
+    Example:
+        >>> panel_scale(96, 128), panel_scale(480, 640), panel_scale(4096, 1)
+        (4.0, 1.0, 0.25)
+    """
+    longer = max(height, width)
+    return float(np.clip(longer, *_LONGER_SIDE)) / longer
+
+
+def draw_shapes(pixels: np.ndarray, shapes: Iterable[Shape], metadata: Metadata) -> np.ndarray:
+    """Draw shapes on an RGB picture, the large ones first; enlarged if it is small.
+
+    Args:
+        pixels: (H, W, 3), uint8.
+        shapes: in the coordinates of the picture.
+        metadata: of the keypoints, if there are any.
+    """
+    scale = panel_scale(*pixels.shape[:2])
+    # Enlarged here: the visualizer's own scale leaves texts too small, or of no size at all.
+    pixels = _resized(pixels, scale, cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    visualizer = HoleKeepingVisualizer(pixels, metadata, instance_mode=ColorMode.SEGMENTATION)
+    shapes = [_scaled(shape, scale) for shape in sorted(shapes, key=lambda shape: -shape.area)]
+    for shape in shapes:
+        if shape.mask is not None:
+            # A box has the text at its corner, where it hides less.
+            text = shape.text if shape.box is None else None
+            color = _between_0_and_1(shape.color)
+            visualizer.draw_binary_mask(shape.mask, color, text=text, alpha=0.5, area_threshold=0)
+    for shape in shapes:
+        if shape.box is not None:
+            visualizer.overlay_instances(
+                boxes=np.array([shape.box], dtype=float),
+                labels=[shape.text],
+                keypoints=None if shape.keypoints is None else shape.keypoints[None],
+                assigned_colors=[_between_0_and_1(shape.color)],
+            )
+    return visualizer.get_output().get_image()
+
+
+def side_by_side(panels: Sequence[np.ndarray], titles: Sequence[str]) -> np.ndarray:
+    """Join pictures of one size, each under its title, in ASCII."""
+    height = max(panel.shape[0] for panel in panels)
+    texts = [cv2.getTextSize(title, *_FONT, 1)[0][0] + 12 for title in titles]
+    widths = [max(p.shape[1], text) for p, text in zip(panels, texts, strict=True)]
+    whole = sum(widths) + (len(panels) - 1) * _GAP
+    canvas = np.full((height + _BAR, whole, 3), 255, dtype=np.uint8)
+    left = 0
+    for panel, title, width in zip(panels, titles, widths, strict=True):
+        canvas[_BAR : _BAR + panel.shape[0], left : left + panel.shape[1]] = panel
+        cv2.putText(canvas, title, (left + 6, 22), *_FONT, (0, 0, 0), 1, cv2.LINE_AA)
+        left += width + _GAP
+    return canvas
+
+
+def _scaled(shape: Shape, scale: float) -> Shape:
+    mask, box, keypoints = shape.mask, shape.box, shape.keypoints
+    if mask is not None:
+        mask = _resized(mask.astype(np.uint8), scale, cv2.INTER_NEAREST)
+    if box is not None:
+        box = [scale * edge for edge in box]
+    if keypoints is not None:
+        keypoints = np.asarray(keypoints, dtype=float) * (scale, scale, 1)
+    return shape._replace(mask=mask, box=box, keypoints=keypoints)
+
+
+def _resized(pixels: np.ndarray, scale: float, interpolation: int) -> np.ndarray:
+    if scale == 1:
+        return pixels
+    size = [max(1, round(side * scale)) for side in pixels.shape[1::-1]]
+    return cv2.resize(pixels, size, interpolation=interpolation)
+
+
+def _between_0_and_1(color: Sequence[float]) -> tuple[float, ...]:
+    return tuple(channel / 255 for channel in color)

@@ -13,6 +13,8 @@ from gn_practical.inference.drawing import HoleKeepingVisualizer
 _LONGER_SIDE = (512, 1024)  # px: small images are enlarged until their texts are readable
 _GAP = 8
 _BAR = 32
+_TEXT = 9  # points, of 1/72 inch at 100 pixels an inch
+_STEPS = (0, 1, -1, 2, -2, 3, -3, 4)  # lines from where a text should be
 _FONT = (cv2.FONT_HERSHEY_SIMPLEX, 0.6)
 
 
@@ -59,20 +61,68 @@ def draw_shapes(pixels: np.ndarray, shapes: Iterable[Shape], metadata: Metadata)
     visualizer = HoleKeepingVisualizer(pixels, metadata, instance_mode=ColorMode.SEGMENTATION)
     shapes = [_scaled(shape, scale) for shape in sorted(shapes, key=lambda shape: -shape.area)]
     for shape in shapes:
+        color = _between_0_and_1(shape.color)
         if shape.mask is not None:
-            # A box has the text at its corner, where it hides less.
-            text = shape.text if shape.box is None else None
-            color = _between_0_and_1(shape.color)
-            visualizer.draw_binary_mask(shape.mask, color, text=text, alpha=0.5, area_threshold=0)
+            visualizer.draw_binary_mask(shape.mask, color, alpha=0.5, area_threshold=0)
     for shape in shapes:
+        color = _between_0_and_1(shape.color)
         if shape.box is not None:
-            visualizer.overlay_instances(
-                boxes=np.array([shape.box], dtype=float),
-                labels=[shape.text],
-                keypoints=None if shape.keypoints is None else shape.keypoints[None],
-                assigned_colors=[_between_0_and_1(shape.color)],
-            )
+            visualizer.draw_box(shape.box, edge_color=color)
+        if shape.keypoints is not None:
+            visualizer.draw_and_connect_keypoints(shape.keypoints)
+    _write_texts(visualizer, shapes)
     return visualizer.get_output().get_image()
+
+
+def _write_texts(visualizer: HoleKeepingVisualizer, shapes: Iterable[Shape]) -> None:
+    """Write each text at the corner of its box or in its mask, where no other is, if there is room.
+
+    Those of small shapes come first, as they have less room.
+    """
+    image = visualizer.output
+    renderer, taken = image.canvas.get_renderer(), []
+    for shape in sorted(shapes, key=lambda shape: shape.area):
+        if shape.box is not None:
+            x, y = shape.box[:2]
+        elif shape.area:
+            x, y = _inside(shape.mask)
+        else:
+            continue
+        color = _lighter(shape.color)
+        visualizer.draw_text(shape.text, (x, y), font_size=_TEXT, color=color)
+        text = image.ax.texts[-1]
+        extent = text.get_window_extent(renderer)
+        width, height = extent.width + 4, extent.height + 4
+        left = x if shape.box is not None else x - width / 2
+        left = float(np.clip(left, 2, max(2, image.width - width)))
+        lowest = max(2, image.height - height)
+        tops = [float(np.clip(y + n * height, 2, lowest)) for n in _STEPS]
+        free = (top for top in tops if not _meets(taken, left, top, width, height))
+        top = next(free, tops[0])
+        text.set_horizontalalignment("left")
+        text.set_position((left, top))
+        taken.append((left, top, left + width, top + height))
+
+
+def _meets(
+    taken: Iterable[tuple[float, ...]], left: float, top: float, width: float, height: float
+) -> bool:
+    return any(
+        left < x1 and x0 < left + width and top < y1 and y0 < top + height
+        for x0, y0, x1, y1 in taken
+    )
+
+
+def _inside(mask: np.ndarray) -> tuple[float, float]:
+    """Return the point of a mask that is farthest from its border."""
+    distance = cv2.distanceTransform(np.pad(mask, 1), cv2.DIST_L2, 3)
+    row, column = np.unravel_index(distance.argmax(), distance.shape)
+    return column - 1, row - 1
+
+
+def _lighter(color: Sequence[float]) -> tuple[float, ...]:
+    """Mix a colour with white, to be read on black."""
+    return tuple((channel + 255) / 510 for channel in color)
 
 
 def side_by_side(panels: Sequence[np.ndarray], titles: Sequence[str]) -> np.ndarray:

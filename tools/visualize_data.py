@@ -135,9 +135,7 @@ def loader_pictures(cfg: Any, images: "AnnotatedImages", count: int) -> "Iterabl
     """Return pictures of the first samples of a training."""
     from gn_practical.training.engine import Trainer
     from gn_practical.training.evaluation.data_pictures import of_samples
-    from gn_practical.training.validation import check_datasets
 
-    check_datasets(cfg)
     batches = Trainer.build_train_loader(cfg)
     return of_samples(batches, images.classes, cfg.INPUT.FORMAT, count)
 
@@ -145,6 +143,8 @@ def loader_pictures(cfg: Any, images: "AnnotatedImages", count: int) -> "Iterabl
 def choose(images: "AnnotatedImages", args: argparse.Namespace) -> list[dict]:
     """Return the records that are to be drawn."""
     records = images.records
+    if not records:
+        raise ValueError(f"a data set must have images, got none in {images.name}. Check the file.")
     if args.image_ids:
         known: dict[str, dict] = {}
         for record in records:

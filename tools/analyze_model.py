@@ -90,9 +90,6 @@ def read_config(args: argparse.Namespace) -> Any:
 
         return LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
     opts = ["MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", "0"]
-    if not args.use_data:  # random scores: keep what they find
-        opts += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
-        opts += ["MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
     if args.config_file:
         weights = ["MODEL.WEIGHTS", args.checkpoint] if args.checkpoint else []
         return load_cfg(args.config_file, [*opts, *weights, *args.opts])
@@ -135,6 +132,9 @@ def make_inputs(cfg: Any, model: "nn.Module", args: argparse.Namespace) -> list[
     from detectron2.config import CfgNode, instantiate
 
     if not args.use_data:
+        from gn_practical.analysis.cost import keep_most_detections
+
+        keep_most_detections(model)
         size = args.image_size or default_size(cfg)
         images = [torch.rand(3, *size) * 255 for _ in range(args.num_inputs)]
         return [[{"image": image}] for image in images]

@@ -25,6 +25,8 @@ _OUR_NORMS = ("aten::var_mean", "aten::square")
 _NORMS = ("aten::group_norm", "aten::batch_norm", "aten::layer_norm", "aten::instance_norm")
 # Weight standardization: its result is kept while a model is evaluated.
 _STANDARDIZATION = ("aten::std_mean", "aten::view_as")
+_KEEP_ALL = {"test_score_thresh": 0.0, "test_nms_thresh": 1.0, "nms_thresh": 1.0}
+_PREDICTORS = ("objectness_logits", "anchor_deltas", "cls_score", "bbox_pred")  # as Detectron2 has
 _PREFIX = "model."  # of the paths, from the adapter that makes a detector traceable
 
 
@@ -126,6 +128,21 @@ def cost_table(
             row = (path, type(module).__name__, sum(sizes.values()), in_norms, *counts)
             table.append(ModuleCost(*row))
     return table
+
+
+def keep_most_detections(model: nn.Module) -> None:
+    """Let a model of random weights keep as many proposals and detections as it may, in place.
+
+    Random heads shift boxes out of the image or on top of each other. Here they leave them where
+    they are, with equal scores, and no box is dropped for its score or for overlapping.
+    """
+    for path, module in model.named_modules():
+        for name, value in _KEEP_ALL.items():
+            if hasattr(module, name):
+                setattr(module, name, value)
+        if path.rpartition(".")[2] in _PREDICTORS:
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
 
 
 def norms_of(model: nn.Module) -> list[tuple[str, nn.Module]]:

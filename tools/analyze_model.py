@@ -156,7 +156,7 @@ def default_size(cfg: Any) -> tuple[int, int]:
     short, most = 800, 1333
     if isinstance(cfg, CfgNode):
         short, most = cfg.INPUT.MIN_SIZE_TEST or 800, cfg.INPUT.MAX_SIZE_TEST
-    return min(short, most * 3 // 4), min(short * 4 // 3, most)
+    return min(short, round(most * 3 / 4)), min(round(short * 4 / 3), most)
 
 
 def count(model: "nn.Module", inputs: list[list[dict]], args: argparse.Namespace) -> dict:
@@ -216,7 +216,7 @@ def write(table: list, path: str) -> None:
         raise ValueError(f"output must be a file that can be written, got {error}.") from error
 
 
-def main() -> None:
+def main() -> int:
     """Run, ending with one clear error that says what to change."""
     args = parse_args()
     # After parsing: importing Detectron2 takes seconds, and --help should not.
@@ -226,7 +226,12 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s: %(message)s")
     quiet_torch()
     with one_clear_error(), contextlib.suppress(BrokenPipeError):
-        analyze(args)
+        try:
+            analyze(args)
+            return 0
+        except KeyboardInterrupt:
+            return 130
+    return 1
 
 
 if __name__ == "__main__":

@@ -201,7 +201,10 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # of Detectron2
     with one_clear_error(), contextlib.suppress(BrokenPipeError):
-        return write(*make_pictures(args), args)
+        try:
+            return write(*make_pictures(args), args)
+        except KeyboardInterrupt:  # while reading
+            return 130
     return 1
 
 

@@ -204,7 +204,10 @@ def main() -> int:
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     with one_clear_error(), contextlib.suppress(BrokenPipeError):
-        return run(args)
+        try:
+            return run(args)
+        except KeyboardInterrupt:  # while reading
+            return 130
     return 1
 
 

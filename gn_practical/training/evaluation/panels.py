@@ -14,7 +14,7 @@ _LONGER_SIDE = (512, 1024)  # px: small images are enlarged until their texts ar
 _GAP = 8
 _BAR = 32
 _TEXT = 9  # points, of 1/72 inch at 100 pixels an inch
-_STEPS = (0, 1, -1, 2, -2, 3, -3, 4)  # lines from where a text should be
+_STEPS = sorted(range(-8, 9), key=abs)  # lines from where a text should be
 _FONT = (cv2.FONT_HERSHEY_SIMPLEX, 0.6)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pycocotools.mask as mask_util
 from PIL import Image
 
 from gn_practical.training.data.coco_format import is_number
@@ -130,8 +131,6 @@ def _instances(
 
 def _outline(path: str, entry: Record, records: dict[Any, Record]) -> Record:
     """Return the box, and the mask as RLE if there is one."""
-    import pycocotools.mask as mask_util
-
     record, outline = records[entry["image_id"]], {}
     size = [record.get("height"), record.get("width")]
     segmentation, box = entry.get("segmentation"), entry.get("bbox")
@@ -149,6 +148,14 @@ def _outline(path: str, entry: Record, records: dict[Any, Record]) -> Record:
             f"a bbox must be [x, y, width, height], got bbox={box!r} of "
             f"image_id={entry['image_id']!r} in {path}. Predict again."
         )
+    keypoints = entry.get("keypoints")
+    if keypoints:
+        if not (len(keypoints) % 3 == 0 and all(map(is_number, keypoints))):
+            raise DatasetError(
+                f"keypoints must be x, y, score in turn, got keypoints={keypoints!r} of "
+                f"image_id={entry['image_id']!r} in {path}. Predict again."
+            )
+        outline["keypoints"] = np.reshape(keypoints, (-1, 3))
     return {**outline, "bbox": box}
 
 

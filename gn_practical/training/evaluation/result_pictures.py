@@ -11,7 +11,6 @@ from urllib.parse import quote
 import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
-from tabulate import tabulate
 
 from gn_practical.training.data.errors import DatasetError
 from gn_practical.training.evaluation.annotated import (
@@ -31,6 +30,11 @@ from gn_practical.training.evaluation.result_files import Predictions
 
 # What an image can be ranked by → whether more of it is worse.
 MEASURES = {"PQ": False, "SQ": False, "RQ": False, "score": False, "missed": True, "wrong": True}
+
+_STYLE = (
+    "body{font:15px sans-serif;margin:1em;color-scheme:light dark}h1{font-size:1.2em}"
+    "figure{margin:1.5em 0}figcaption{margin-bottom:.3em;overflow-wrap:anywhere}img{max-width:100%}"
+)
 
 
 class Result(NamedTuple):
@@ -171,19 +175,21 @@ def index_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def index_html(rows: Sequence[dict[str, Any]], title: str, remark: str) -> str:
-    """Write rows as a page with their pictures, beside which it lies."""
-    cells = []
+    """Write rows as a page to scroll through, with the pictures, beside which it lies."""
+    figures = []
     for row in rows:
-        *values, picture = map(str, row.values())
-        url = quote(picture)
-        link = f'<a href="{url}"><img loading="lazy" src="{url}" alt=""></a>' if url else ""
-        cells.append([*map(html.escape, values), link])
-    table = tabulate(cells, [html.escape(name) for name in rows[0]], "unsafehtml", numalign="left")
-    style = "body{font:14px sans-serif}td,th{padding:4px 8px;text-align:left}img{width:720px}"
+        about = {"PQ": row["PQ"], "SQ": row["SQ"], "RQ": row["RQ"], "mean score": row["score"]}
+        values = ", ".join(f"{name} {value}" for name, value in about.items() if value != "")
+        caption = f"{row['rank']}. {row['file']} (id {row['image_id']!r}): {values}"
+        url = quote(row["picture"])
+        picture = f'<a href="{url}"><img loading="lazy" src="{url}" alt=""></a>' if url else ""
+        figures.append(f"<figure><figcaption>{html.escape(caption)}</figcaption>{picture}</figure>")
+    title, remark = html.escape(title), html.escape(remark)
+    body = "\n".join(figures)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{html.escape(title)}</title><style>{style}</style></head>\n"
-        f"<body><h1>{html.escape(title)}</h1><p>{html.escape(remark)}</p>\n{table}\n</body></html>\n"
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{_STYLE}</style></head>\n<body><h1>{title}</h1><p>{remark} "
+        f'<a href="index.csv">index.csv</a> has all values.</p>\n{body}\n</body></html>\n'
     )
 
 
@@ -207,7 +213,8 @@ def _found_shapes(result: Result, classes: Classes) -> list[Shape]:
         text = f"{classes.name(category)} {100 * each['score']:.0f}%{note}"
         mask = mask_util.decode(each["rle"]) if "rle" in each else None
         x, y, width, height = each["bbox"]
-        shapes.append(Shape(text, classes.color(category), mask, [x, y, x + width, y + height]))
+        box = [x, y, x + width, y + height]
+        shapes.append(Shape(text, classes.color(category), mask, box, each.get("keypoints")))
     return shapes
 
 

@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.data.datasets import load_coco_json
 from detectron2.data.detection_utils import read_image
-from detectron2.structures import BoxMode
+from detectron2.structures import BoxMode, Instances
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
@@ -158,12 +158,28 @@ def instance_shapes(record: Record, classes: Classes) -> list[Shape]:
         category = annotation["category_id"]
         crowd = " (crowd)" if annotation.get("iscrowd") else ""
         segmentation, keypoints = annotation.get("segmentation"), annotation.get("keypoints")
-        box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
         mask = mask_util.decode(as_rle(segmentation, size)) if segmentation and size else None
         points = np.reshape(keypoints, (-1, 3)) if keypoints else None
         text, color = classes.name(category) + crowd, classes.color(category)
-        shapes.append(Shape(text, color, mask, list(box), points))
+        shapes.append(Shape(text, color, mask, _corners(annotation), points))
     return shapes
+
+
+def found_shapes(instances: Instances, classes: Classes) -> list[Shape]:
+    """Return the instances that a model predicts, on the CPU."""
+    count = len(instances)
+    scores = instances.scores.tolist()
+    boxes = instances.pred_boxes.tensor.tolist() if instances.has("pred_boxes") else [None] * count
+    masks = instances.pred_masks.numpy() if instances.has("pred_masks") else [None] * count
+    points: Any = [None] * count
+    if instances.has("pred_keypoints"):
+        points = instances.pred_keypoints.numpy()
+    return [
+        Shape(f"{classes.name(c)} {100 * score:.0f}%", classes.color(c), *parts)
+        for c, score, *parts in zip(
+            instances.pred_classes.tolist(), scores, masks, boxes, points, strict=True
+        )
+    ]
 
 
 def segment_shapes(ids: np.ndarray, segments: Iterable[Record], classes: Classes) -> list[Shape]:
@@ -236,6 +252,12 @@ def _panoptic_keys(annotation: Record, root: str, metadata: Metadata) -> Record:
         "pan_seg_file_name": os.path.join(root, annotation["file_name"]),
         "segments_info": segments,
     }
+
+
+def _corners(annotation: Record) -> list[float]:
+    """Return left, top, right and bottom; of a rotated box centre, size and angle."""
+    box, mode = list(annotation["bbox"]), annotation["bbox_mode"]
+    return box if mode == BoxMode.XYWHA_ABS else list(BoxMode.convert(box, mode, BoxMode.XYXY_ABS))
 
 
 def _kind(thing: bool) -> str:

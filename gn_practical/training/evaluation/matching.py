@@ -78,17 +78,7 @@ def match_segments(
                 matches.count(_class(segment), iou)
                 taken.add(position)
     _count_missed(matches, truth, taken)
-    # Of several crowds of a class the last one counts, in the official code too.
-    crowds = {_class(s): s["id"] for s in truth if s.get("iscrowd")}
-    for index, segment in enumerate(found):
-        if index in matches.pairs:
-            continue
-        ignored = common.get((0, segment["id"]), 0)
-        if _class(segment) in crowds:
-            ignored += common.get((crowds[_class(segment)], segment["id"]), 0)
-        if ignored / max(areas[segment["id"]], 1) <= 0.5:
-            matches.wrong.append(index)
-            matches.count(_class(segment), wrong=True)
+    _count_wrong_segments(matches, truth, found, common, areas)
     return matches
 
 
@@ -121,6 +111,27 @@ def match_instances(truth: Sequence[Segment], found: Sequence[Segment]) -> Match
             matches.count((category, True), wrong=True)
     _count_missed(matches, truth, taken)
     return matches
+
+
+def _count_wrong_segments(
+    matches: Matches,
+    truth: Sequence[Segment],
+    found: Sequence[Segment],
+    common: dict[tuple[int, int], int],
+    areas: Counter[int],
+) -> None:
+    """Count the segments without a match, but for those that lie in void and a crowd mostly."""
+    # Of several crowds of a class the last one counts, in the official code too.
+    crowds = {_class(s): s["id"] for s in truth if s.get("iscrowd")}
+    for index, segment in enumerate(found):
+        if index in matches.pairs:
+            continue
+        ignored = common.get((0, segment["id"]), 0)
+        if _class(segment) in crowds:
+            ignored += common.get((crowds[_class(segment)], segment["id"]), 0)
+        if ignored / max(areas[segment["id"]], 1) <= 0.5:
+            matches.wrong.append(index)
+            matches.count(_class(segment), wrong=True)
 
 
 def _overlaps(truth_ids: np.ndarray, ids: np.ndarray) -> dict[tuple[int, int], int]:

@@ -6,9 +6,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from detectron2.data.catalog import Metadata
-from detectron2.utils.visualizer import ColorMode
-
-from gn_practical.inference.drawing import HoleKeepingVisualizer
+from detectron2.utils.visualizer import Visualizer
 
 _LONGER_SIDE = (512, 1024)  # px: small images are enlarged until their texts are readable
 _GAP = 8
@@ -24,7 +22,8 @@ class Shape(NamedTuple):
     text: str
     color: tuple[float, float, float]  # RGB from 0 to 255
     mask: np.ndarray | None = None  # (H, W)
-    box: Sequence[float] | None = None  # left, top, right, bottom
+    # Left, top, right, bottom; or of a rotated box x and y of its centre, width, height, degrees.
+    box: Sequence[float] | None = None
     keypoints: np.ndarray | None = None  # (K, 3): x, y, visibility
 
     @property
@@ -32,6 +31,8 @@ class Shape(NamedTuple):
         """Pixels of the mask, or else of the box."""
         if self.mask is not None:
             return float(np.count_nonzero(self.mask))
+        if self.box is not None and len(self.box) == 5:
+            return self.box[2] * self.box[3]
         left, top, right, bottom = self.box or (0, 0, 0, 0)
         return (right - left) * (bottom - top)
 
@@ -58,7 +59,7 @@ def draw_shapes(pixels: np.ndarray, shapes: Iterable[Shape], metadata: Metadata)
     scale = panel_scale(*pixels.shape[:2])
     # Enlarged here: the visualizer's own scale leaves texts too small, or of no size at all.
     pixels = _resized(pixels, scale, cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    visualizer = HoleKeepingVisualizer(pixels, metadata, instance_mode=ColorMode.SEGMENTATION)
+    visualizer = Visualizer(pixels, metadata)
     shapes = [_scaled(shape, scale) for shape in sorted(shapes, key=lambda shape: -shape.area)]
     for shape in shapes:
         color = _between_0_and_1(shape.color)
@@ -66,7 +67,9 @@ def draw_shapes(pixels: np.ndarray, shapes: Iterable[Shape], metadata: Metadata)
             visualizer.draw_binary_mask(shape.mask, color, alpha=0.5, area_threshold=0)
     for shape in shapes:
         color = _between_0_and_1(shape.color)
-        if shape.box is not None:
+        if shape.box is not None and len(shape.box) == 5:
+            visualizer.draw_rotated_box_with_label(shape.box, edge_color=color)
+        elif shape.box is not None:
             visualizer.draw_box(shape.box, edge_color=color)
         if shape.keypoints is not None:
             visualizer.draw_and_connect_keypoints(shape.keypoints)
@@ -74,7 +77,7 @@ def draw_shapes(pixels: np.ndarray, shapes: Iterable[Shape], metadata: Metadata)
     return visualizer.get_output().get_image()
 
 
-def _write_texts(visualizer: HoleKeepingVisualizer, shapes: Iterable[Shape]) -> None:
+def _write_texts(visualizer: Visualizer, shapes: Iterable[Shape]) -> None:
     """Write each text at the corner of its box or in its mask, where no other is, if there is room.
 
     Those of small shapes come first, as they have less room.
@@ -89,7 +92,9 @@ def _write_texts(visualizer: HoleKeepingVisualizer, shapes: Iterable[Shape]) -> 
         else:
             continue
         color = _lighter(shape.color)
-        visualizer.draw_text(shape.text, (x, y), font_size=_TEXT, color=color)
+        # Else matplotlib takes what is between dollars for a formula.
+        text = shape.text.replace("$", r"\$")
+        visualizer.draw_text(text, (x, y), font_size=_TEXT, color=color)
         text = image.ax.texts[-1]
         extent = text.get_window_extent(renderer)
         width, height = extent.width + 4, extent.height + 4
@@ -145,7 +150,7 @@ def _scaled(shape: Shape, scale: float) -> Shape:
     if mask is not None:
         mask = _resized(mask.astype(np.uint8), scale, cv2.INTER_NEAREST)
     if box is not None:
-        box = [scale * edge for edge in box]
+        box = [scale * edge for edge in box[:4]] + list(box[4:])
     if keypoints is not None:
         keypoints = np.asarray(keypoints, dtype=float) * (scale, scale, 1)
     return shape._replace(mask=mask, box=box, keypoints=keypoints)

@@ -216,10 +216,13 @@ def test_ctrl_c_keeps_what_was_drawn(tool, files, tmp_path, monkeypatch):
     assert (code, printed) == (130, f"2 pictures in {tmp_path / 'a'}\n")
 
 
-def test_wrong_places_are_one_line(tool, files, tmp_path):
+def test_wrong_places_are_one_line(tool, files, tmp_path, monkeypatch):
     arguments, _, _ = files
     code, _, _ = tool(*arguments, "--output", arguments[-1])
     assert "another folder than that of the images" in code
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert "must have a display" in tool(*arguments, "--show")[0]
     code, _, _ = tool(*arguments, "--output", tmp_path / "a", "--image-ids", "001.jpg", "x")
     assert "got x. It has 6 images, such as 001.jpg." in code
     broken = tmp_path / "broken.json"

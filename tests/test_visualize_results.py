@@ -68,7 +68,7 @@ def evaluated(register, tmp_path):  # noqa: F811
 
 def test_the_segments_of_all_images_together_give_the_evaluators_numbers(evaluated):
     images, folder, expected = evaluated
-    predictions = read_predictions(find_predictions(str(folder)), images)
+    predictions = read_predictions(find_predictions(str(folder), images), images)
     results = [result_pictures.measure(record, predictions, 0.5) for record in images.records]
     whole = result_pictures.whole_quality(results)
     assert 0 < whole["PQ"] < 100
@@ -147,6 +147,22 @@ def test_a_class_has_one_colour_on_both_sides(register):  # noqa: F811
         width = (picture.shape[1] - 8) // 2
         assert np.array_equal(picture[:, :width], picture[:, -width:])
         assert len(np.unique(picture)) > 10
+
+
+def test_of_two_files_the_one_that_the_data_set_can_be_compared_with_is_taken(evaluated, tmp_path):
+    images, folder, _ = evaluated
+    (folder / "coco_instances_results.json").write_text("[]")
+    alone = images._replace(records=[{"file_name": "a", "annotations": []}])
+
+    def found(*options):
+        return Path(find_predictions(str(tmp_path), *options)).name
+
+    assert found(images) == found(alone, "panoptic") == "predictions.json"
+    assert found(alone) == found(images, "instances") == "coco_instances_results.json"
+    (folder / "predictions.json").unlink()
+    assert found(images) == "coco_instances_results.json"
+    with pytest.raises(DatasetError, match=r"a folder with predictions.json, got .* with data"):
+        found(images, "panoptic")
 
 
 # ---- files that do not fit ----

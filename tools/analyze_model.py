@@ -168,7 +168,7 @@ def count(model: "nn.Module", inputs: list[list[dict]], args: argparse.Namespace
     found: dict[str, list[Count]] = {}
     for task, what in (("flop", "flops"), ("activation", "activations")):
         if task in args.tasks:
-            steps = tqdm(inputs, f"counting {what}", leave=False, disable=len(inputs) < 2)
+            steps = tqdm(inputs, f"counting {what}", leave=False, disable=None)
             found[what] = [Count(model, one_input, what) for one_input in steps]
     return found
 

@@ -166,7 +166,6 @@ def choose(images: "AnnotatedImages", args: argparse.Namespace) -> list[dict]:
 
 def write(pictures: "Iterable[Picture]", read: set[str], args: argparse.Namespace) -> int:
     """Draw and write, naming what cannot be drawn; return the exit code."""
-    from gn_practical.training.data import DatasetError
     from gn_practical.training.evaluation.picture_files import PictureFolder, show
 
     folder = None if args.show else PictureFolder(args.output, sources=read)
@@ -176,7 +175,7 @@ def write(pictures: "Iterable[Picture]", read: set[str], args: argparse.Namespac
         for picture in pictures:
             try:
                 pixels = picture.draw()
-            except (DatasetError, ValueError) as error:
+            except ValueError as error:  # which a DatasetError is
                 print(f"not drawn: {error}", file=sys.stderr)
                 failed += 1
                 continue

@@ -114,7 +114,7 @@ def measure_all(
 
     records = check_kind(predictions, images)
     results, failed = [], 0
-    for record in tqdm(records, "comparing", leave=False, disable=len(records) < 50):
+    for record in tqdm(records, "comparing", leave=False, disable=None):
         try:
             results.append(measure(record, predictions, args.conf_threshold))
         except DatasetError as error:
@@ -185,9 +185,8 @@ def run(args: argparse.Namespace) -> int:
     from gn_practical.training.evaluation.result_files import find_predictions, read_predictions
     from gn_practical.training.evaluation.result_pictures import ranked
 
-    panoptic = {"panoptic": True, "instances": False}.get(args.kind)
-    path = find_predictions(args.input, panoptic)
     images = read_truth(args)
+    path = find_predictions(args.input, images, args.kind)
     predictions = read_predictions(path, images, args.png_dir)
     results, failed = measure_all(args, images, predictions)
     if not results:

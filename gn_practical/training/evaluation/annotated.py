@@ -265,6 +265,11 @@ def _kind(thing: bool) -> str:
 
 
 def _unloadable(name: str, error: Exception) -> DatasetError:
+    if isinstance(error, OSError):
+        return DatasetError(
+            f"a data set must be there, got {error} for {name}. Check the path, or the environment "
+            "variable DETECTRON2_DATASETS."
+        )
     what = " ".join(f"{type(error).__name__}: {error}".split())
     return DatasetError(
         f"a data set must be sound, got {what} in {name}. tools/validate_dataset.py tells what is "

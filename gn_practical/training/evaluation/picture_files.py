@@ -1,6 +1,7 @@
 """Where drawn pictures go: a folder that holds nothing else, or a window."""
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,15 +61,17 @@ def show(title: str, pixels: np.ndarray) -> None:
     Raises:
         ValueError: if there is no display.
     """
+    display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if sys.platform.startswith("linux") and not display:  # there OpenCV ends the process
+        raise ValueError("show must have a display, got none. Leave --show out to write files.")
     try:
         cv2.imshow("gn_practical", pixels[:, :, ::-1])
         cv2.setWindowTitle("gn_practical", title)
         cv2.waitKey()
-    except cv2.error as error:
-        raise ValueError(
-            f"show must have a display, got {str(error).splitlines()[0]}. Leave --show out to "
-            "write files."
-        ) from None
+    except cv2.error as error:  # OpenCV built without windows
+        what = str(error).splitlines()[0]
+        message = f"show must have windows, got {what}. Leave --show out to write files."
+        raise ValueError(message) from None
 
 
 def _fitting(name: str) -> str:

@@ -51,19 +51,22 @@ class Predictions(NamedTuple):
         return ids
 
 
-def find_predictions(path: str, panoptic: bool | None = None) -> str:
+def find_predictions(path: str, images: AnnotatedImages, kind: str | None = None) -> str:
     """Return the file of predictions in a folder; a file's own path.
 
     Args:
         path: a file, or a folder where an evaluation left its results.
-        panoptic: of which kind, where both are there; panoptic by default.
+        images: that are predicted; of two files the panoptic one is taken where they have segments.
+        kind: "panoptic" or "instances", to take that.
 
     Raises:
         DatasetError: if there is none.
     """
     if not os.path.isdir(path):
         return path
-    names = {True: [_PANOPTIC], False: [_INSTANCES], None: [_PANOPTIC, _INSTANCES]}[panoptic]
+    has_segments = any("pan_seg_file_name" in record for record in images.records[:1])
+    by_kind = {"panoptic": [_PANOPTIC], "instances": [_INSTANCES]}
+    names = by_kind.get(kind, [_PANOPTIC, _INSTANCES] if has_segments else [_INSTANCES])
     for folder in (path, os.path.join(path, "inference")):
         for name in names:
             if os.path.isfile(os.path.join(folder, name)):

@@ -63,7 +63,6 @@ def pair():
     torch.manual_seed(0)
     plain = modeling.build_model(replace_norm(ours, "PGN", "GN")).eval()
     fused = build_model(ours).eval()
-    fused.load_state_dict(plain.state_dict())
     keep_most_detections(plain)
     keep_most_detections(fused)
     return plain, fused
@@ -159,9 +158,9 @@ def test_standardized_weights_are_named_and_cost_nothing_in_evaluation():
     assert convolutions > 50
     assert standardized_weights(without) == (0, 0)
     assert f"{convolutions} convolutions" in list(norm_lines(with_ws))[-1]
-    costs = [Count(m, image(), "flops").by_module["backbone"] for m in (with_ws, without)]
-    assert costs[0] == costs[1] > 0
-    assert not any("std_mean" in s for s in omission_lines(Count(with_ws, image(), "flops")))
+    counts = [Count(m, image((64, 64)), "flops") for m in (with_ws, without)]
+    assert counts[0].by_module["backbone"] == counts[1].by_module["backbone"] > 0
+    assert not any("std_mean" in line for line in omission_lines(counts[0]))
     assert weights == sum(
         m.weight.numel() for m in with_ws.modules() if type(m).__name__.endswith("WSConv2d")
     )
@@ -243,6 +242,17 @@ def test_a_wrong_input_is_one_line(run, tmp_path):
         run("--config-file", tmp_path / "none.yaml", "--tasks", "parameter")
     with pytest.raises(SystemExit, match=r"^error: output must be a file that can be written"):
         run("--config-file", TINY, "--tasks", "parameter", "--output", "/proc/no/costs.csv")
+
+
+def test_a_model_that_cannot_run_is_one_line(run, tmp_path):
+    lazy = tmp_path / "lazy.py"
+    lazy.write_text(
+        "from detectron2.config import LazyCall as L\n"
+        "from torch.nn import Linear\n"
+        "model = L(Linear)(in_features=3, out_features=8)\n"
+    )
+    with pytest.raises(SystemExit, match=r"^error: the model must run on one image"):
+        run("--config-file", lazy, "--tasks", "flop")
 
 
 def test_wrong_arguments_are_answered_before_anything_is_imported():

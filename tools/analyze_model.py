@@ -30,8 +30,8 @@ Examples:
   A Python config:
     python tools/analyze_model.py --config-file mask_rcnn.py --tasks flop model.backbone.norm=PGN
 
-FLOPs and activations depend on the boxes that are found. Without --use-data the image and the
-weights are random, and as many detections are kept as the config allows: the most that it costs.
+FLOPs and activations depend on the boxes that are found. Without --use-data the image is random and
+weights are 0, and as many detections are kept as the config allows: the most that it costs.
 More in docs/look.md.
 """
 
@@ -169,7 +169,14 @@ def count(model: "nn.Module", inputs: list[list[dict]], args: argparse.Namespace
     for task, what in (("flop", "flops"), ("activation", "activations")):
         if task in args.tasks:
             steps = tqdm(inputs, f"counting {what}", leave=False, disable=None)
-            found[what] = [Count(model, one_input, what) for one_input in steps]
+            try:
+                found[what] = [Count(model, one_input, what) for one_input in steps]
+            except (RuntimeError, TypeError, KeyError) as error:  # of whatever model it is
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                raise ValueError(
+                    f"the model must run on one image and be traced, got {reason}. Try another "
+                    "--image-size, or --use-data."
+                ) from error
     return found
 
 

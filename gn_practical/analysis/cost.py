@@ -26,7 +26,6 @@ _NORMS = ("aten::group_norm", "aten::batch_norm", "aten::layer_norm", "aten::ins
 # Weight standardization: its result is kept while a model is evaluated.
 _STANDARDIZATION = ("aten::std_mean", "aten::view_as")
 _KEEP_ALL = {"test_score_thresh": 0.0, "test_nms_thresh": 1.0, "nms_thresh": 1.0}
-_PREDICTORS = ("objectness_logits", "anchor_deltas", "cls_score", "bbox_pred")  # as Detectron2 has
 _PREFIX = "model."  # of the paths, from the adapter that makes a detector traceable
 
 
@@ -71,6 +70,7 @@ class Count:
         # Told by the methods below, in a line each; tracing itself warns at every script.
         self._analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         self._analysis.tracer_warnings("none")
+        self._analysis.total()  # traces
 
     @cached_property
     def by_module(self) -> Counter[str]:
@@ -89,7 +89,6 @@ class Count:
 
     def not_counted(self) -> Counter[str]:
         """Return operators without a rule, that are no part of a rule's, and how often they ran."""
-        self._analysis.total()
         return self._analysis.unsupported_ops()
 
     def uncalled(self) -> list[str]:
@@ -131,18 +130,18 @@ def cost_table(
 
 
 def keep_most_detections(model: nn.Module) -> None:
-    """Let a model of random weights keep as many proposals and detections as it may, in place.
+    """Let a model without trained weights keep as many proposals and detections as it may.
 
-    Random heads shift boxes out of the image or on top of each other. Here they leave them where
-    they are, with equal scores, and no box is dropped for its score or for overlapping.
+    Its parameters become 0, in place. Random ones let values grow beyond all bounds behind frozen
+    norms, and shift boxes out of the image or on top of each other. So all boxes stay where they
+    began, with equal scores, and none is dropped for its score or for overlapping.
     """
-    for path, module in model.named_modules():
+    for module in model.modules():
         for name, value in _KEEP_ALL.items():
             if hasattr(module, name):
                 setattr(module, name, value)
-        if path.rpartition(".")[2] in _PREDICTORS:
-            for parameter in module.parameters():
-                nn.init.zeros_(parameter)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
 
 
 def norms_of(model: nn.Module) -> list[tuple[str, nn.Module]]:

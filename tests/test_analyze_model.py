@@ -26,6 +26,7 @@ from gn_practical.analysis.cost import (
     standardized_weights,
 )
 from gn_practical.analysis.cost_report import Total, format_costs, norm_lines, omission_lines
+from gn_practical.layers import WSConv2d
 from gn_practical.layers.baselines import BASELINES
 from gn_practical.training.checkpoint import GroupsCheckpointer
 from gn_practical.training.config import load_cfg
@@ -150,20 +151,13 @@ def test_what_is_not_counted_is_said():
 
 
 def test_standardized_weights_are_named_and_cost_nothing_in_evaluation():
-    opts = [*SMALL, *FEW_BOXES]
-    with_ws = build_model(load_cfg(str(TINY), [*opts, "MODEL.WS.ENABLED", "True"])).eval()
-    without = build_model(load_cfg(str(TINY), opts)).eval()
-    without.load_state_dict(with_ws.state_dict())
-    convolutions, weights = standardized_weights(with_ws)
-    assert convolutions > 50
-    assert standardized_weights(without) == (0, 0)
-    assert f"{convolutions} convolutions" in list(norm_lines(with_ws))[-1]
-    counts = [Count(m, image((64, 64)), "flops") for m in (with_ws, without)]
-    assert counts[0].by_module["backbone"] == counts[1].by_module["backbone"] > 0
+    models = [Detector(kind(8, 4, 3, bias=False)).eval() for kind in (WSConv2d, nn.Conv2d)]
+    assert [standardized_weights(model) for model in models] == [(1, 288), (0, 0)]
+    assert "1 convolutions with 288 weights" in list(norm_lines(models[0]))[-1]
+    assert "convolutions" not in "".join(norm_lines(models[1]))
+    counts = [Count(model, image((10, 12)), "flops") for model in models]
+    assert counts[0].total == counts[1].total == 3 * 8 * 120 + 288 * 80
     assert not any("std_mean" in line for line in omission_lines(counts[0]))
-    assert weights == sum(
-        m.weight.numel() for m in with_ws.modules() if type(m).__name__.endswith("WSConv2d")
-    )
 
 
 def test_the_table_has_the_mean_of_several_images():

@@ -111,6 +111,15 @@ def test_texts_do_not_cover_each_other_and_small_pictures_are_enlarged():
     assert letters(three) > 2.5 * letters(one) > 100
 
 
+def test_a_rotated_box_is_drawn_around_its_centre():
+    pixels = np.zeros((300, 600, 3), np.uint8)
+    shape = Shape("", (255, 0, 0), None, [300.0, 150.0, 200.0, 100.0, 90.0])
+    drawn = draw_shapes(pixels, [shape], CLASSES.metadata)[..., 0] > 50
+    rows, columns = np.nonzero(drawn)
+    edges = (columns.min(), columns.max(), rows.min(), rows.max())
+    assert edges == pytest.approx((250, 350, 50, 250), abs=4)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 700), (900, 1), (3, 2)])
 def test_pictures_of_a_pixels_width(tmp_path, size):
     Image.new("L", size, 99).save(tmp_path / "thin.png")

@@ -100,6 +100,8 @@ def _write_texts(visualizer: Visualizer, shapes: Iterable[Shape]) -> None:
         width, height = extent.width + 4, extent.height + 4
         left = x if shape.box is not None else x - width / 2
         left = float(np.clip(left, 2, max(2, image.width - width)))
+        if shape.box is not None and shape.box[3] - shape.box[1] < 2 * height:
+            y -= height  # above what it would hide
         lowest = max(2, image.height - height)
         tops = [float(np.clip(y + n * height, 2, lowest)) for n in _STEPS]
         free = (top for top in tops if not _meets(taken, left, top, width, height))

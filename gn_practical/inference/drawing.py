@@ -1,37 +1,7 @@
-"""Pictures of predictions and annotations, by Detectron2's visualizer."""
+"""Colours of classes in pictures."""
 
-from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
 from detectron2.data.catalog import Metadata
 from detectron2.utils.colormap import colormap
-from detectron2.utils.visualizer import GenericMask, VisImage, Visualizer
-
-
-class HoleKeepingVisualizer(Visualizer):
-    """Detectron2's, but for the holes of things, which it fills."""
-
-    def overlay_instances(
-        self,
-        *,
-        masks: Sequence[Any] | None = None,
-        labels: Sequence[str] | None = None,
-        assigned_colors: Sequence[Any] | None = None,
-        alpha: float = 0.5,
-        **others: Any,
-    ) -> VisImage:
-        """Draw masks as they are, the large ones first, and boxes and keypoints as Detectron2."""
-        if masks is None or len(masks) == 0:
-            style = {"labels": labels, "assigned_colors": assigned_colors, "alpha": alpha}
-            return super().overlay_instances(**style, **others)
-        size = self.output.height, self.output.width
-        masks = [m if isinstance(m, GenericMask) else GenericMask(m, *size) for m in masks]
-        for i in np.argsort([-float(mask.area()) for mask in masks]):
-            color = None if assigned_colors is None else assigned_colors[i]
-            text = None if labels is None else labels[i]
-            self.draw_binary_mask(masks[i].mask, color, text=text, alpha=alpha)
-        return super().overlay_instances(assigned_colors=assigned_colors, **others)
 
 
 def with_colors(metadata: Metadata) -> Metadata:

@@ -126,7 +126,7 @@ class PanopticEvaluator(DatasetEvaluator):
             image_id = image["image_id"]
             if image_id not in self._truth or image_id in self._predictions:
                 check_predicted_once([*self._predictions, image_id], self._predictions, self._path)
-            segment_ids, segments = _segments_of(*output["panoptic_seg"], self._metadata)
+            segment_ids, segments = segments_of(*output["panoptic_seg"], self._metadata)
             self._check_png(self._truth[image_id]["file_name"], segment_ids.shape)
             file_name = self._files[image_id]
             path = os.path.join(self._png_dir, file_name)
@@ -236,7 +236,7 @@ class PanopticEvaluator(DatasetEvaluator):
         }
 
 
-def _segments_of(
+def segments_of(
     panoptic_seg: torch.Tensor, segments_info: list[dict] | None, metadata: Metadata
 ) -> tuple[np.ndarray, list[dict]]:
     """Return ids and info; without info, ids are ``class * label_divisor + instance``, void -1."""

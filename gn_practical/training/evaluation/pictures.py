@@ -5,29 +5,29 @@ import os
 from functools import cached_property
 from typing import Any
 
-import cv2
 import numpy as np
-import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
-from detectron2.utils.file_io import PathManager
-from detectron2.utils.visualizer import ColorMode
 from PIL import Image
 
-from gn_practical.inference.drawing import HoleKeepingVisualizer, with_colors
-from gn_practical.training.data.coco_format import read_json, rgb_to_id
-from gn_practical.training.data.registration import contiguous
+from gn_practical.training.evaluation.annotated import (
+    Classes,
+    found_shapes,
+    from_catalog,
+    instance_shapes,
+    label_shapes,
+    read_labels,
+    read_segment_ids,
+    segment_shapes,
+)
 from gn_practical.training.evaluation.ids import unused
-from gn_practical.training.evaluation.sem_seg import read_label_image
+from gn_practical.training.evaluation.panels import draw_shapes, side_by_side
+from gn_practical.training.evaluation.panoptic import segments_of
 
 logger = logging.getLogger(__name__)
-
-_PANEL_WIDTH = (512, 1024)  # px: small images are enlarged until their texts are readable
-_GAP = 8
-_BAR = 32
 
 
 class PictureEvaluator(DatasetEvaluator):
@@ -53,6 +53,7 @@ class PictureEvaluator(DatasetEvaluator):
     ) -> None:
         self._dataset_name, self._output_dir = dataset_name, output_dir
         self._metadata = MetadataCatalog.get(dataset_name)
+        self._classes = Classes(self._metadata)
         self._num_pictures, self._min_score = num_pictures, min_score
         self.reset()
 
@@ -67,58 +68,35 @@ class PictureEvaluator(DatasetEvaluator):
             if self._remaining == 0:
                 return
             self._remaining -= 1
-            state = np.random.get_state()
-            np.random.seed(0)  # the shades of instances, and not those of the training's next batch
             try:
                 self._save(image["file_name"], self._draw(image, output))
             except Exception:  # a picture is never worth an evaluation
                 logger.warning("No picture of %s", image.get("file_name"), exc_info=True)
-            finally:
-                np.random.set_state(state)
 
     def evaluate(self) -> None:
         """Say where the pictures are; there are no results."""
         if self._names:
             logger.info("%d pictures saved to %s", len(self._names), self._output_dir)
-        for name in ("_records", "_panoptic_annotations"):  # no need to keep them until next time
-            self.__dict__.pop(name, None)
+        self.__dict__.pop("_records", None)  # no need to keep them until next time
 
     def _draw(self, image: dict, output: dict) -> np.ndarray:
         pixels = read_image(image["file_name"], format="RGB")
-        scale = float(np.clip(pixels.shape[1], *_PANEL_WIDTH)) / pixels.shape[1]
-        prediction, truth = (
-            HoleKeepingVisualizer(
-                pixels, with_colors(self._metadata), scale, ColorMode.SEGMENTATION
-            )
-            for _ in range(2)
-        )
+        record, classes = self._record(image), self._classes
         title = "prediction"
-        # The truth first: its shades do not depend on what is predicted.
         if "panoptic_seg" in output:
-            ids, segments = output["panoptic_seg"]
-            truth.draw_panoptic_seg(*self._true_panoptic(image))
-            prediction.draw_panoptic_seg(ids.cpu(), segments)
+            found = segment_shapes(*segments_of(*output["panoptic_seg"], self._metadata), classes)
+            ids = read_segment_ids(record["pan_seg_file_name"])
+            truth = segment_shapes(ids, record["segments_info"], classes)
         elif "instances" in output:
             instances = output["instances"].to("cpu")
             kept = instances[instances.scores >= self._min_score]
-            record = self._records[image["file_name"]]
-            truth.draw_dataset_dict({"annotations": record.get("annotations")})
-            prediction.draw_instance_predictions(kept)
+            found, truth = found_shapes(kept, classes), instance_shapes(record, classes)
             title += f": score >= {self._min_score:g} ({len(kept)} of {len(instances)})"
         else:
-            record = self._records[image["file_name"]]
-            truth.draw_sem_seg(read_label_image(record["sem_seg_file_name"]))
-            prediction.draw_sem_seg(output["sem_seg"].argmax(dim=0).cpu())
-        panels = [visualizer.get_output().get_image() for visualizer in (prediction, truth)]
-        return _side_by_side(panels, [title, "ground truth"])
-
-    def _true_panoptic(self, image: dict) -> tuple[torch.Tensor, list[dict]]:
-        annotation = self._panoptic_annotations[image["image_id"]]
-        path = os.path.join(self._metadata.panoptic_root, annotation["file_name"])
-        with PathManager.open(path, "rb") as f:
-            ids = rgb_to_id(np.array(Image.open(f).convert("RGB")))
-        segments = [contiguous(segment, self._metadata) for segment in annotation["segments_info"]]
-        return torch.from_numpy(ids.astype(np.int64)), segments
+            found = label_shapes(output["sem_seg"].argmax(dim=0).cpu().numpy(), classes)
+            truth = label_shapes(read_labels(record), classes)
+        panels = [draw_shapes(pixels, shapes, classes.metadata) for shapes in (found, truth)]
+        return side_by_side(panels, [title, "ground truth"])
 
     def _save(self, image_file: str, picture: np.ndarray) -> None:
         name = unused(os.path.splitext(os.path.basename(image_file))[0], self._names)
@@ -127,22 +105,13 @@ class PictureEvaluator(DatasetEvaluator):
         if has_event_storage():
             get_event_storage().put_image(f"pictures/{name}", picture.transpose(2, 0, 1))
 
-    @cached_property
-    def _records(self) -> dict[str, dict]:
-        return {record["file_name"]: record for record in DatasetCatalog.get(self._dataset_name)}
+    def _record(self, image: dict) -> dict:
+        key = "image_id" if image.get("image_id") in self._records else "file_name"
+        return self._records[image[key]]
 
     @cached_property
-    def _panoptic_annotations(self) -> dict[Any, dict]:
-        content = read_json(PathManager.get_local_path(self._metadata.panoptic_json))
-        return {annotation["image_id"]: annotation for annotation in content["annotations"]}
-
-
-def _side_by_side(panels: list[np.ndarray], titles: list[str]) -> np.ndarray:
-    height, width = panels[0].shape[:2]
-    canvas = np.full((height + _BAR, 2 * width + _GAP, 3), 255, dtype=np.uint8)
-    for index, (panel, title) in enumerate(zip(panels, titles, strict=True)):
-        left = index * (width + _GAP)
-        canvas[_BAR:, left : left + width] = panel
-        font = cv2.FONT_HERSHEY_SIMPLEX
-        cv2.putText(canvas, title, (left + 6, 22), font, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
-    return canvas
+    def _records(self) -> dict[Any, dict]:
+        """Records by file name and, but for semantic ones, by id."""
+        records = from_catalog([self._dataset_name]).records
+        by_id = {record["image_id"]: record for record in records if "image_id" in record}
+        return {record["file_name"]: record for record in records} | by_id

@@ -132,7 +132,9 @@ def main() -> None:
             settings = prepare(args, Path(scratch))
             content = run_all(SECTIONS, args.only, settings, args.budget * 60, form)
         except KeyboardInterrupt:
-            raise SystemExit(f"Stopped. What was found is in {args.output / 'report.md'}.") from None
+            raise SystemExit(
+                f"Stopped. What was found is in {args.output / 'report.md'}."
+            ) from None
         except OSError as error:
             raise SystemExit(f"error: the report must be written, got: {error}.") from None
     print(report.summary(content))

@@ -9,6 +9,7 @@ from block to block, and half precision would overflow. The zoo's model freezes 
 """
 
 import argparse
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -146,17 +147,29 @@ def take_turns(
     data: list[dict],
     repeats: int,
     dtype: torch.dtype | None,
+    warm_up: int = 1,
+    count: bool = True,
 ) -> list[dict]:
-    """Time the variants in turns, after one of warm-up, and count their bytes."""
+    """Time the variants in turns, after some of warm-up, and count their bytes.
+
+    Args:
+        name: of the config.
+        models: from :func:`build`.
+        data: a batch.
+        repeats: turns that are timed.
+        dtype: of autocast; None to run without.
+        warm_up: turns before them.
+        count: whether to count the bytes, else they are not a number.
+    """
     times: dict[str, tuple[list, list]] = {variant: ([], []) for variant in models}
     with EventStorage():
-        for turn in range(repeats + 1):
+        for turn in range(repeats + warm_up):
             for variant, model in models.items():
                 seconds = step(model, data, dtype), infer(model, data, dtype)
-                if turn:
+                if turn >= warm_up:
                     for values, value in zip(times[variant], seconds, strict=True):
                         values.append(value)
-        peaks = {variant: peak_bytes(model, data, dtype) for variant, model in models.items()}
+        peaks = {v: peak_bytes(m, data, dtype) if count else math.nan for v, m in models.items()}
     return [
         {"model": name, "norm": v, "train": t, "inference": i, "peak_bytes": peaks[v]}
         for v, (t, i) in times.items()

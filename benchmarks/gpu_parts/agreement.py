@@ -8,18 +8,18 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from gpu_parts.record import Record
-from gpu_parts.settings import Settings
 from torch import Tensor
 
 from gn_practical.layers import standardize_weight
 from gn_practical.layers.fused_group_norm import fused_group_norm
+from gpu_parts.record import Record
+from gpu_parts.settings import Settings
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Small groups and large ones; rows that wide loads take and rows that they do not; short and long.
 SIZES = [(1, 64, 7, 7), (3, 96, 16, 20), (2, 64, 25, 42), (2, 256, 50, 84), (2, 64, 199, 301)]
 LONG_SIZES = [(1, 2048, 25, 42), (4, 512, 13, 21), (2, 256, 200, 336), (1, 8, 800, 1333)]
-DRY_SIZES = [(1, 8, 5, 6), (1, 4, 70, 64)]
+DRY_SIZES = [(1, 8, 5, 6), (1, 2, 130, 64)]
 WEIGHTS = [(64, 3, 7, 7), (256, 64, 1, 1), (512, 512, 3, 3), (1024, 12544)]
 KINDS = [(True, False), (True, True), (False, False)]  # ReLU, residual
 HEADERS = ["precision", "cases", "error / allowed", "in", "weight standardization", "not repeated",
@@ -80,7 +80,7 @@ def compare(job: tuple[str, str, list, list]) -> dict:
         "dtype": dtype,
         "cases": found,
         "ws": max(error_of_weights(shape, dtype, device) for shape in weights),
-        "changed": sum(changes(case, device) for case in cases[:: len(shapes)]),
+        "changed": sum(changes(case, device) for case in cases[::6]),
         "gamma": gain_of_gamma(shapes[-1], device) if dtype == "float32" else None,
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -91,7 +91,7 @@ def all_cases(dtype: str, shapes: list) -> list[Case]:
     return [
         Case(shape, groups, dtype, last, *kind)
         for shape, last in product(shapes, (False, True))
-        for groups, kind in zip(some_groups(shape[1]), KINDS, strict=False)
+        for groups, kind in zip(some_groups(shape[1]), KINDS, strict=True)
     ] + [Case(shapes[0], 1, dtype, last, *kind) for last in (False, True) for kind in KINDS[1:]]
 
 

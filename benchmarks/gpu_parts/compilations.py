@@ -4,12 +4,12 @@ import os
 import time
 
 import torch
-from gpu_parts.record import Record
-from gpu_parts.settings import Settings
 from group_norm import compilations
 
 from gn_practical.layers import group_norm_kernels
 from gn_practical.layers.kernel import Kernel
+from gpu_parts.record import Record
+from gpu_parts.settings import Settings
 
 HEADERS = ["dtype", "layout", "compiled in all", "after warm-up", "seconds"]
 

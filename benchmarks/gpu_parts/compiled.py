@@ -1,8 +1,9 @@
 """The fused operator against ``torch.compile`` of PyTorch's norm and ReLU."""
 
+from group_norm import measure, median
+
 from gpu_parts.record import Record
 from gpu_parts.settings import Settings
-from group_norm import measure, median
 
 SHAPES = [[2, 256, 200, 336], [2, 512, 100, 168], [2, 256, 25, 42]]
 HEADERS = ["shape", "G", "dtype", "layout", "copy ms", "compiled ms", "ours ms", "ratio"]

@@ -8,10 +8,10 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from gpu_parts.record import Record
-from gpu_parts.settings import Settings
 
 from gn_practical.layers import backends, fused_group_norm, weight_standardization
+from gpu_parts.record import Record
+from gpu_parts.settings import Settings
 
 PACKAGES = ("gn_practical", "torch", "torchvision", "triton", "detectron2", "sal-detectron2",
             "numpy", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")  # fmt: skip

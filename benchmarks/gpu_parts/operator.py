@@ -2,10 +2,11 @@
 
 import math
 
-from gpu_parts.record import Record
-from gpu_parts.settings import Settings
 from group_norm import cases, draw, measure, median, summary
 from group_norm import row as full_row
+
+from gpu_parts.record import Record
+from gpu_parts.settings import Settings
 
 HEADERS = ["shape", "G", "layout", "dtype", "copy ms", "PyTorch ms", "ours ms", "spread ms",
            "forward/PyTorch", "both/PyTorch", "both/copy", "both/FrozenBN"]  # fmt: skip

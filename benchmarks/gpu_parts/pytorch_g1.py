@@ -1,8 +1,9 @@
 """PyTorch's own operator with one group against 32, on which the model of time rests."""
 
+from group_norm import measure, median
+
 from gpu_parts.record import Record
 from gpu_parts.settings import Settings
-from group_norm import measure, median
 
 SHAPE = [2, 256, 200, 336]  # of FPN's largest map at 800 × 1333
 

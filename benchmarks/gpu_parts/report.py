@@ -4,10 +4,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from gpu_parts.goals import GOALS, HOLDS, NOT_RUN, SHORT
 from gpu_parts.record import as_json, without_places, write_whole
 from gpu_parts.sections import Section
-from tabulate import tabulate
 
 NOT_YET = "not run: its turn has not come"
 SEND = (

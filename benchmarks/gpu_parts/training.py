@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import matplotlib as mpl
 import torch
-from gpu_parts.record import Record
-from gpu_parts.settings import Settings
 from torch import nn
 from train_step import VARIANTS, batch, build, take_turns
+
+from gpu_parts.record import Record
+from gpu_parts.settings import Settings
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -47,12 +48,13 @@ PRECISIONS = [
 
 def time_model(config: str, prefix: str, settings: Settings, record: Record) -> None:
     """Time the models of a config; ``prefix`` begins the keys of its goals."""
-    data = batch(*settings.choose((32, 32), (800, 1333)), settings.choose(1, 2))
+    data = batch(*settings.choose((64, 64), (800, 1333)), settings.choose(1, 2))
     variants = settings.choose(MAIN, [*MAIN, "PGN + WS", "PGN, memory mode"], list(VARIANTS))
     overrides = settings.choose(TINY, ())
     models = build(config, variants, data, settings.device, overrides)
     results: list[dict] = []
-    for precision in PRECISIONS if prefix == "pfpn" or not settings.dry else PRECISIONS[:1]:
+    dry = PRECISIONS[:: 3 if prefix == "pfpn" else 4]
+    for precision in settings.choose(dry, PRECISIONS):
         chosen = models
         if precision.name not in ("float32", "bfloat16") and not settings.long:
             chosen = {name: models[name] for name in MAIN}
@@ -70,7 +72,9 @@ def time_model(config: str, prefix: str, settings: Settings, record: Record) -> 
     draw(results, record.picture(f"{prefix}.png"))
 
 
-def give(prefix: str, precision: str, gn32: float | str, frozen: float | str, record: Record) -> None:
+def give(
+    prefix: str, precision: str, gn32: float | str, frozen: float | str, record: Record
+) -> None:
     """Give the values of the goals, where there are goals for the model."""
     if prefix == "pfpn":
         record.value(f"pfpn gn32 {precision}", gn32)
@@ -88,9 +92,9 @@ def time_precision(
     if precision.channels_last:
         for model in models.values():
             model.to(memory_format=torch.channels_last)
-    repeats = settings.choose(1, 5, 25)
-    dtype = None if settings.dry and precision.name != "bfloat16" else precision.dtype  # it is slow
-    found = take_turns(config, models, data, repeats, dtype)
+    dtype = None if settings.dry else precision.dtype  # which CPUs are slow in
+    repeats, warm_up = settings.choose(1, 5, 25), settings.choose(0, 1)
+    found = take_turns(config, models, data, repeats, dtype, warm_up, count=not settings.dry)
     return [{"precision": precision.name, **each} for each in found]
 
 

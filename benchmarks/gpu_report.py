@@ -96,10 +96,11 @@ def run_all(
         return content
 
     for section in (s for s in sections if s.name not in found):
-        limit = min(section.limit * (LONGER if settings.long else 1), end - time.monotonic())
-        if limit < LEAST:
+        left = end - time.monotonic()
+        if left < LEAST:
             found[section.name] = {"status": "not run: the time of the report was used up"}
             continue
+        limit = min(section.limit * (LONGER if settings.long else 1), left)
         print(f"{section.title} ... ", end="", flush=True)
         try:
             found[section.name] = run_section(section, settings, limit)

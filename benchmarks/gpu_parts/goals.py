@@ -47,7 +47,11 @@ class Goal(NamedTuple):
         if dry and self.needs:
             return {**line, "verdict": NOT_RUN, "reason": f"needs {self.needs}"}
         if not isinstance(value, (int, float)):
-            reason = value or (status if status != "done" else "the section gave no finite number")
+            reason = value or (
+                "the section gave no finite number"
+                if status == "done"
+                else status.removeprefix(f"{NOT_RUN}: ")
+            )
             return {**line, "value": None, "verdict": NOT_RUN, "reason": reason}
         if self.limit is None:
             return {**line, "verdict": MEASURED}

@@ -32,7 +32,7 @@ def run(settings: Settings, record: Record) -> None:
     record.data(results=results)
     for key, value in worst(results, 0 if settings.dry else LARGE).items():
         record.value(key, value)
-    draw(results, record.picture("operator.png"))
+    record.picture("operator.png", lambda path: draw(results, path))
 
 
 def worst(results: list[dict], large: float) -> dict[str, float]:

@@ -59,11 +59,12 @@ def run_section(section: Section, settings: Settings, limit: float) -> dict[str,
 def _child(section: Section, settings: Settings) -> None:
     """Run in the new process."""
     os.setsid()  # its own group, which is ended as one
-    log = os.open(settings.scratch / f"{section.name}.log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    faulthandler.enable()
-    faulthandler.dump_traceback_later(max(0.2, settings.left() - 1))  # says where it hangs
+    log = (settings.scratch / f"{section.name}.log").open("a", buffering=1, encoding="utf-8")
+    sys.stdout = sys.stderr = log
+    for descriptor in (1, 2):  # of what libraries in C write, and of the processes it starts
+        os.dup2(log.fileno(), descriptor)
+    faulthandler.enable(2)
+    faulthandler.dump_traceback_later(max(0.2, settings.left() - 1), file=2)  # where it hangs
     os.chdir(settings.scratch)  # what writes to the present folder writes here
     try:
         from gn_practical.training.processes import end_with_parent
@@ -77,8 +78,7 @@ def _child(section: Section, settings: Settings) -> None:
     except BaseException:  # also SystemExit, with which a run ends on an error
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    log.flush()
     os._exit(code)  # a context that is broken may hang where Python ends
 
 

@@ -1,6 +1,8 @@
 """The quickstart, as ``make quickstart`` runs it."""
 
+import json
 import time
+from pathlib import Path
 
 from gn_practical.training.evaluation.results import flat_results
 from gpu_parts.record import Record
@@ -15,8 +17,9 @@ def run(settings: Settings, record: Record) -> None:
     start = time.perf_counter()
     cfg = config(settings, name, "quickstart", *settings.choose(small, ()))
     trainer = WatchedTrainer(cfg)
-    results = trainer.train()
+    trainer.train()
     seconds = time.perf_counter() - start
+    results = json.loads(Path(cfg.OUTPUT_DIR, "results.json").read_text())
     rows = [[task, metric, value] for task, metric, value in flat_results(results)]
     record.table("Metrics", ["task", "metric", "value"], rows)
     record.value("quickstart PQ", next(value for _, metric, value in rows if metric == "PQ"))

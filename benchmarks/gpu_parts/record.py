@@ -4,6 +4,7 @@ import json
 import os
 import re
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,11 @@ class Record:
         self.content["data"].update(content)
         self._write()
 
-    def picture(self, name: str) -> Path:
-        """Return where to draw a picture, which the report then shows."""
+    def picture(self, name: str, draw: Callable[[Path], None]) -> None:
+        """Let ``draw`` write a picture, which the report then shows."""
+        draw(self._output / name)
         self.content["pictures"].append(name)
-        return self._output / name
+        self._write()
 
     def _write(self) -> None:
         write_whole(self._path, as_json(self.content))

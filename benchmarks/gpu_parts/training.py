@@ -69,7 +69,7 @@ def time_model(config: str, prefix: str, settings: Settings, record: Record) -> 
         steps = {r["norm"]: middle(r) for r in results if r["precision"] == precision.name}
         give(prefix, precision.name, steps[PGN] / steps[GN32], steps[PGN] / steps[FROZEN], record)
     record.data(results=results)
-    draw(results, record.picture(f"{prefix}.png"))
+    record.picture(f"{prefix}.png", lambda path: draw(results, path))
 
 
 def give(

@@ -85,6 +85,7 @@ def measure(case: dict, device: str, repeats: int, compiler: str = "") -> dict:
                 continue  # it would compute in float32
 
             def step(function: Variant = function) -> None:
+                leaf.grad = weight.grad = bias.grad = None  # else they would be added up
                 y = function(leaf, weight, bias)
                 y.backward(upstream if y.dtype is upstream.dtype else upstream.to(y.dtype))
 
@@ -93,7 +94,6 @@ def measure(case: dict, device: str, repeats: int, compiler: str = "") -> dict:
                 forward = seconds(lambda f=function: f(x, weight, bias))
             step()
             both = seconds(step)
-            leaf.grad = None
             if turn > 1:  # after the warm-up
                 times.setdefault(f"{name} forward", []).append(forward)
                 times.setdefault(f"{name} both", []).append(both)

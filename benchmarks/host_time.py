@@ -130,17 +130,29 @@ def parts(shape: tuple[int, ...], groups: int) -> dict[str, Case]:
 
 
 def microseconds(
-    cases: dict[Any, Case], rounds: int, calls: int = CALLS, wait: Case = lambda: None
+    cases: dict[Any, Case],
+    rounds: int,
+    calls: int = CALLS,
+    wait: Case = lambda: None,
+    now: Callable[[], float] = time.thread_time,
 ) -> dict[Any, list[float]]:
-    """Return the times of a call in each round; ``wait`` lets a device finish before each case."""
+    """Return the times of a call in each round.
+
+    Args:
+        cases: run in turns.
+        rounds: that are counted, after one that compiles.
+        calls: of a case in a round.
+        wait: lets a device finish what is queued, before each case.
+        now: the clock; not the thread's on a GPU, where another one runs backward passes.
+    """
     times: dict[Any, list[float]] = {name: [] for name in cases}
     for _ in range(rounds + 1):
         for name, case in cases.items():
             wait()
-            start = time.thread_time()
+            start = now()
             for _ in range(calls):
                 case()
-            times[name].append((time.thread_time() - start) / calls * 1e6)
+            times[name].append((now() - start) / calls * 1e6)
     return {name: values[1:] for name, values in times.items()}  # the first round compiles
 
 

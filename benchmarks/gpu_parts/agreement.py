@@ -123,8 +123,8 @@ def ours(case: Case, inputs: list[Tensor], upstream: Tensor) -> Tensors:
     """Return output and gradients of the operator."""
     residual = inputs[3] if case.residual else None
     y = fused_group_norm(inputs[0], case.groups, *inputs[1:3], 1e-5, residual, case.relu)
-    assert y.dtype == inputs[0].dtype
-    assert y.stride() == inputs[0].stride()
+    assert y.dtype is inputs[0].dtype, f"{case} gave {y.dtype}"
+    assert y.stride() == inputs[0].stride(), f"{case} changed the layout"
     return y, *torch.autograd.grad(y, inputs, upstream)
 
 

@@ -1,5 +1,7 @@
 """Training steps in mixed precision, whose losses must be finite."""
 
+import torch
+
 from gpu_parts.record import Record
 from gpu_parts.runs import WatchedTrainer, config
 from gpu_parts.settings import Settings
@@ -28,6 +30,7 @@ def train(settings: Settings, dtype: str) -> WatchedTrainer:
         "SOLVER.MAX_SKIPPED_STEPS", steps, "SOLVER.CHECKPOINT_PERIOD", 1000, "DATASETS.TEST", (),
         "SEED", 1,
     )  # fmt: skip
+    torch.manual_seed(1)
     trainer = WatchedTrainer(cfg)
     trainer.train()
     return trainer

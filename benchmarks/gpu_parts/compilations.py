@@ -18,7 +18,7 @@ def run(settings: Settings, record: Record) -> None:
     """Count over six image sizes, with nothing of Triton's on the disk at the beginning."""
     os.environ["TRITON_CACHE_DIR"] = str(settings.scratch / "triton")
     rows = []
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)[: settings.choose(1, 3)]:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)[: settings.choose(1, 2, 3)]:
         for layout in (torch.contiguous_format, torch.channels_last):
             before, start = compiled(), time.perf_counter()
             sizes = settings.choose((4, 40), (64, 1))

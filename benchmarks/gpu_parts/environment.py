@@ -88,7 +88,10 @@ def driver() -> dict[str, str]:
     known = {}
     for name in QUERY:  # one by one: an old tool does not know them all
         command = [tool, f"--query-gpu={name}", "--format=csv,noheader", "--id=0"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            break
         if answer.returncode == 0:
             known[name.replace("_", " ")] = answer.stdout.strip()
     return known

@@ -33,7 +33,7 @@ SECTIONS = [
     Section("operator", "The operator", 90),
     Section("training_pfpn", "Training and inference of Panoptic FPN", 120),
     Section("memory", "Memory", 60),
-    Section("compilations", "Compilations over six image sizes", 60),
+    Section("compilations", "Compilations over six image sizes", 90),
     Section("amp", "200 steps of mixed precision", 60),
     Section("resume", "Exact resume", 60),
     Section("ranks", "Several GPUs", 90),

@@ -66,9 +66,9 @@ def time_model(config: str, prefix: str, settings: Settings, record: Record) -> 
             give(prefix, precision.name, reason, reason, record)
             continue
         record.table("Steps and inference", HEADERS, rows(results))
+        record.data(results=results)
         steps = {r["norm"]: middle(r) for r in results if r["precision"] == precision.name}
         give(prefix, precision.name, steps[PGN] / steps[GN32], steps[PGN] / steps[FROZEN], record)
-    record.data(results=results)
     record.picture(f"{prefix}.png", lambda path: draw(results, path))
 
 

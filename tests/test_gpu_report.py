@@ -7,8 +7,11 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
+import torch
 
 import gn_practical.training  # noqa: F401 -- before the processes that are forked here
 
@@ -167,6 +170,60 @@ def test_verdicts(goal, value, verdict):
     assert judged["verdict"] == verdict
     if verdict == "not run":
         assert judged["reason"] == (value or "failed: a reason")
+
+
+class Logged:
+    """Stands for CUDA's events and a buffer; writes down what is called."""
+
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __getattr__(self, name):
+        return lambda *_: Logged.log.append(name) or 3.0
+
+
+def test_cuda_is_timed_by_its_events_behind_a_cold_cache(monkeypatch):
+    clock = import_module("clock")
+    monkeypatch.setattr(torch.cuda, "Event", Logged)
+    monkeypatch.setattr(torch, "empty", Logged)
+    Logged.log.clear()
+    seconds = clock.Timer("cuda")(lambda: Logged.log.append("call"))
+    assert seconds == 0.003  # of milliseconds
+    writes = ["zero_"] * clock.WRITES
+    assert Logged.log == [*writes, "record", "call", "record", "synchronize", "elapsed_time"]
+
+
+def test_memory_of_cuda_is_counted_above_what_lived_before(monkeypatch):
+    allocated, calls = [100], []
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: calls.append(name))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: allocated[-1])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: max(allocated))
+    with import_module("live_bytes").AllocatorBytes() as live:
+        allocated += [180, 130]
+        assert live.now() == 30
+    assert live.peak == 80
+    assert calls == ["synchronize", "reset_peak_memory_stats", "synchronize"]
+
+
+def test_device_and_driver_are_named(monkeypatch, tmp_path):
+    environment = import_module("gpu_parts.environment")
+    properties = SimpleNamespace(
+        name="A GPU", major=9, minor=0, multi_processor_count=132, total_memory=2**30
+    )
+    assert vars(properties).keys() <= set(dir(torch._C._CudaDeviceProperties))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**29, 2**30))
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 570.1\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    known = environment.device(found=True)
+    assert known["compute capability"] == "9.0"
+    assert known["free at the start"] == "0.5 GiB"
+    assert known["driver version"] == "570.1"
 
 
 def test_places_are_left_out_and_addresses_are_not():

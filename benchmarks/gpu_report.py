@@ -60,6 +60,8 @@ def prepare(args: argparse.Namespace, scratch: Path) -> Settings:
     if args.dry:
         os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
         import gpu_parts.preload  # noqa: F401 -- once for all sections, which are forked
+    else:
+        os.environ.pop("TRITON_INTERPRET", None)
     return Settings(args.dry, args.long, args.output.resolve(), scratch)
 
 
@@ -109,18 +111,21 @@ def run_all(
             written()
             raise
         print(f"{found[section.name]['status']}, {found[section.name]['seconds']:.0f} s")
-        content = written()
-        if section.name == "environment" and not settings.dry and not has_gpu(content):
-            raise SystemExit(
-                "error: the report must have a CUDA device that PyTorch sees, got none. Look at "
-                f"{settings.output / 'report.md'}, or try the command with --dry."
-            )
+        written()
+        if section.name == "environment" and not settings.dry:
+            check_device(found[section.name], settings.output)
     return written()
 
 
-def has_gpu(content: dict) -> bool:
-    """Whether the first section saw one."""
-    return bool(content["sections"][0].get("data", {}).get("device"))
+def check_device(found: dict, folder: Path) -> None:
+    """End the report where its first section saw no GPU."""
+    if not found.get("data", {}).get("device"):
+        status = found["status"]
+        raise SystemExit(
+            "error: the report must have a CUDA device that PyTorch sees, got "
+            f"{'none' if status == 'done' else status}. Look at {folder / 'report.md'}, or try the "
+            "command with --dry."
+        )
 
 
 def main() -> None:

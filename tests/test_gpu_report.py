@@ -21,7 +21,7 @@ gpu_report = import_module("gpu_report")
 GOALS, Goal = (getattr(import_module("gpu_parts.goals"), name) for name in ("GOALS", "Goal"))
 SECTIONS, Section, Settings = gpu_report.SECTIONS, gpu_report.Section, gpu_report.Settings
 
-LEFT_OUT = {"bfloat16", "float16"}  # precisions of the dry form, which CPUs are slow in
+LEFT_OUT = {"float32", "bfloat16", "float16"}  # of PFPN's precisions: the dry form runs the last
 PLANTED = {
     "fails": "record.value('repeats', 0)\n    raise RuntimeError('CUDA error: planted')",
     "crashes": "import os\n    os.abort()",
@@ -137,11 +137,17 @@ def test_what_was_found_before_ctrl_c_is_kept(planted, monkeypatch, tmp_path):
     assert "`hangs`: not run: its turn has not come" in text
 
 
-def test_a_machine_without_a_gpu_is_told_at_once(tmp_path, monkeypatch):
-    found = {"status": "done", "seconds": 1.0, "data": {"device": None}}
+@pytest.mark.parametrize(
+    ("found", "got"),
+    [
+        ({"status": "done", "seconds": 1.0, "data": {"device": None}}, "none"),
+        ({"status": "failed: no torch", "seconds": 1.0}, "failed: no torch"),
+    ],
+)
+def test_a_machine_without_a_gpu_is_told_at_once(tmp_path, monkeypatch, found, got):
     monkeypatch.setattr(gpu_report, "run_section", lambda *_: found)
     settings = Settings(False, False, tmp_path, tmp_path)
-    with pytest.raises(SystemExit, match="must have a CUDA device that PyTorch sees, got none"):
+    with pytest.raises(SystemExit, match=f"must have a CUDA device that PyTorch sees, got {got}"):
         gpu_report.run_all(SECTIONS, ["environment", "amp"], settings, 60, "")
 
 

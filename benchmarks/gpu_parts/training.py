@@ -53,7 +53,7 @@ def time_model(config: str, prefix: str, settings: Settings, record: Record) -> 
     overrides = settings.choose(TINY, ())
     models = build(config, variants, data, settings.device, overrides)
     results: list[dict] = []
-    dry = PRECISIONS[:: 3 if prefix == "pfpn" else 4]
+    dry = PRECISIONS[-1:] if prefix == "pfpn" else PRECISIONS[:1]
     for precision in settings.choose(dry, PRECISIONS):
         chosen = models
         if precision.name not in ("float32", "bfloat16") and not settings.long:

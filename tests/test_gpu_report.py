@@ -232,6 +232,32 @@ def test_device_and_driver_are_named(monkeypatch, tmp_path):
     assert known["driver version"] == "570.1"
 
 
+@pytest.mark.parametrize(("factor", "is_wrong"), [(1.0, False), (1.0001, True)])
+def test_a_wrong_kernel_is_found(monkeypatch, factor, is_wrong):
+    agreement = import_module("gpu_parts.agreement")
+    right = agreement.fused_group_norm
+    monkeypatch.setattr(agreement, "fused_group_norm", lambda *args: right(*args) * factor)
+    case = agreement.Case((2, 8, 5, 6), 4, "float32", False, True, True)
+    assert (agreement.error_of(case, "cpu") > 1) == is_wrong
+
+
+def test_what_does_not_repeat_is_found(monkeypatch):
+    agreement = import_module("gpu_parts.agreement")
+    case = agreement.Case((2, 8, 5, 6), 4, "float32", False, True, False)
+    assert agreement.changes(case, "cpu") == 0
+    right, factors = agreement.fused_group_norm, iter((1.0, 1.5))
+    monkeypatch.setattr(agreement, "fused_group_norm", lambda *args: right(*args) * next(factors))
+    assert agreement.changes(case, "cpu") == 4  # output and three gradients
+
+
+def test_states_that_differ_are_named():
+    differences = import_module("gpu_parts.resume").differences
+    first = {"model": {"w": torch.ones(2)}, "steps": [1, {"rate": 0.1}], "gone": None}
+    second = {"model": {"w": torch.tensor([1, 1 + 1e-6])}, "steps": [1, {"rate": 0.2}]}
+    assert differences(first, first) == []
+    assert differences(first, second) == ["/model/w", "/steps/1/rate", "/gone"]
+
+
 def test_places_are_left_out_and_addresses_are_not():
     without_places = import_module("gpu_parts.record").without_places
     text = 'File "/home/a b/x/y.py", https://host/a/b, 1/2, ours / theirs'

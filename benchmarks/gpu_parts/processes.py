@@ -17,7 +17,7 @@ from gpu_parts.record import Record
 from gpu_parts.sections import Section
 from gpu_parts.settings import Settings
 
-LAST_LINES = 12
+LAST_LINES = 20
 _HANG = "Timeout (0:"  # with which faulthandler begins
 
 

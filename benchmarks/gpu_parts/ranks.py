@@ -7,6 +7,7 @@ import socket
 import statistics
 from argparse import Namespace
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 
 import torch
 from clock import clock
@@ -55,11 +56,13 @@ def train(settings: Settings, number: int) -> list[dict]:
     ranks = [context.Process(target=start, args=(settings, n, number, port)) for n in range(number)]
     for rank in ranks:
         rank.start()
-    for rank in ranks:
-        rank.join()
-    codes = [rank.exitcode for rank in ranks]
-    if any(codes):
-        raise RuntimeError(f"Ranks must end without an error, got exit codes {codes}.")
+    running = {rank.sentinel: rank for rank in ranks}
+    while running:
+        for ended in wait(list(running)):
+            rank = running.pop(ended)
+            rank.join()
+            if rank.exitcode:  # the others would wait for it for ever; they end with the section
+                raise RuntimeError(f"A rank must end without an error, got code {rank.exitcode}.")
     return [json.loads(file_of(settings, n, number).read_text()) for n in range(number)]
 
 

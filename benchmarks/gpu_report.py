@@ -15,6 +15,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "50000")
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -131,6 +132,7 @@ def check_device(found: dict, folder: Path) -> None:
 def main() -> None:
     """Parse, prepare, run, say where the report is."""
     args = parse()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     form = "On the CPU, dry: no figures of speed." if args.dry else "On a GPU."
     form += f" Command: `python benchmarks/gpu_report.py{''.join(f' {w}' for w in sys.argv[1:])}`."
     with tempfile.TemporaryDirectory(prefix="gpu_report_", ignore_cleanup_errors=True) as scratch:

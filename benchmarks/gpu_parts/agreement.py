@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gn_practical.layers import standardize_weight
 from gn_practical.layers.fused_group_norm import fused_group_norm
+from gn_practical.training.processes import end_with_parent
 from gpu_parts.record import Record
 from gpu_parts.settings import Settings
 
@@ -45,8 +46,8 @@ def run(settings: Settings, record: Record) -> None:
     every = settings.choose(5, 1)
     jobs = [(dtype, settings.device, every, *sizes(settings, dtype)) for dtype in DTYPES]
     results: list[dict] = []
-    context = get_context(settings.start_method)
-    with ProcessPoolExecutor(settings.choose(2, len(DTYPES)), context) as pool:
+    context, number = get_context(settings.start_method), settings.choose(2, len(DTYPES))
+    with ProcessPoolExecutor(number, context, initializer=end_with_parent) as pool:
         for job in as_completed([pool.submit(compare, job) for job in jobs]):
             results.append(job.result())
             record.table("Largest errors", HEADERS, list(map(row, results)))

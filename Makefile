@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 CONSTRAINTS = requirements/constraints.txt
 
-.PHONY: help install quickstart paper-tables test crash-test lint docs dist
+.PHONY: help install quickstart paper-tables test crash-test gpu-report lint docs dist
 
 help:
 	@echo "make quickstart  train, evaluate and draw on the embedded data, about 5 minutes on 2 cores"
 	@echo "make paper-tables  measure Tables 1 and 2 of the paper, about a minute"
 	@echo "make test        run the test suite"
 	@echo "make crash-test  kill and resume a training dozens of times, compare: about 8 minutes"
+	@echo "make gpu-report  measure all that a GPU has to show, into gpu-report/, in 10 minutes"
 	@echo "make lint        check style with ruff"
 	@echo "make docs        build the documentation into site/; a warning is an error"
 	@echo "make dist        build the wheel and the sdist into dist/"
@@ -43,6 +44,10 @@ test: install
 
 crash-test: install
 	$(BIN)/python tests/crash_test.py $(OPTS)
+
+# Installs nothing, for machines without a network: .venv where it is, else PYTHON's packages.
+gpu-report:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_report.py $(OPTS)
 
 lint: install
 	$(BIN)/python -m ruff check .

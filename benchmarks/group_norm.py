@@ -20,7 +20,7 @@ from pathlib import Path
 import matplotlib as mpl
 import torch
 import torch.nn.functional as F
-from clock import clock
+from clock import Timer
 from detectron2.layers import FrozenBatchNorm2d
 from tabulate import tabulate
 from torch import Tensor
@@ -38,7 +38,7 @@ SMALL = [(64, 100, 168), (256, 50, 84)]
 Variant = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def variants(channels: int, groups: int, device: str, compiled: bool) -> dict[str, Variant]:
+def variants(channels: int, groups: int, device: str, compiler: str) -> dict[str, Variant]:
     """The normalizations to compare, each a function of x, weight and bias."""
     frozen = FrozenBatchNorm2d(channels).to(device)
 
@@ -52,28 +52,22 @@ def variants(channels: int, groups: int, device: str, compiled: bool) -> dict[st
         "fused": lambda x, w, b: fused_group_norm(x, groups, w, b, relu=True),
         "frozen_bn": lambda x, w, b: F.relu_(frozen(x)),
     }
-    if compiled:
-        found["compiled"] = torch.compile(composed)
+    if compiler:
+        torch.compiler.reset()  # after some shapes it would leave the function as it is
+        found["compiled"] = torch.compile(composed, backend=compiler)
     return found
 
 
-def seconds(function: Callable[[], object], device: str) -> float:
-    """Time one call."""
-    if device == "cpu":
-        now = clock(device)
-        start = now()
-        function()
-        return now() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
+def measure(case: dict, device: str, repeats: int, compiler: str = "") -> dict:
+    """Time all variants of a case in turns.
 
-
-def measure(case: dict, device: str, repeats: int, compiled: bool) -> dict:
-    """Time all variants of a case in turns."""
+    Args:
+        case: one of :func:`cases`.
+        device: "cuda" or "cpu".
+        repeats: turns that are timed, after two of warm-up.
+        compiler: backend of ``torch.compile``, or nothing to leave it out.
+    """
+    seconds = Timer(device)
     layout = torch.channels_last if case["channels_last"] else torch.contiguous_format
     dtype = getattr(torch, case["dtype"])
     x, upstream = (
@@ -84,27 +78,27 @@ def measure(case: dict, device: str, repeats: int, compiled: bool) -> dict:
     weight, bias = (torch.ones(channels, device=device, requires_grad=True) for _ in range(2))
     leaf = x.detach().requires_grad_()
     times: dict[str, list[float]] = {}
-    functions = variants(channels, case["groups"], device, compiled)
+    functions = variants(channels, case["groups"], device, compiler)
     for turn in range(repeats + 2):
         for name, function in functions.items():
             if name == "frozen_bn" and dtype is not torch.float32:
                 continue  # it would compute in float32
 
             def step(function: Variant = function) -> None:
+                leaf.grad = weight.grad = bias.grad = None  # else they would be added up
                 y = function(leaf, weight, bias)
                 y.backward(upstream if y.dtype is upstream.dtype else upstream.to(y.dtype))
 
             with torch.no_grad():
                 function(x, weight, bias)  # what ran before left the cache to neither
-                forward = seconds(lambda f=function: f(x, weight, bias), device)
+                forward = seconds(lambda f=function: f(x, weight, bias))
             step()
-            both = seconds(step, device)
-            leaf.grad = None
+            both = seconds(step)
             if turn > 1:  # after the warm-up
                 times.setdefault(f"{name} forward", []).append(forward)
                 times.setdefault(f"{name} both", []).append(both)
         if turn > 1:
-            times.setdefault("copy", []).append(seconds(x.clone, device))
+            times.setdefault("copy", []).append(seconds(x.clone))
     return {**case, "times": {name: quartiles(values) for name, values in times.items()}}
 
 
@@ -187,17 +181,26 @@ def summary(results: list[dict]) -> list[list]:
     ]
 
 
-def compilations() -> int:
-    """Count what Triton compiles for six image sizes after a first one."""
+def compilations(
+    device: str = "cuda",
+    channels: int = 64,
+    scale: int = 1,
+    dtype: torch.dtype = torch.float32,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> int:
+    """Count what Triton compiles for six image sizes, over ``scale``, after a first one."""
     from gn_practical.layers import group_norm_kernels
     from gn_practical.layers.kernel import Kernel
 
     kernels = [k for k in vars(group_norm_kernels).values() if isinstance(k, Kernel)]
     counts = []
     for size in [(200, 336), (160, 168), (25, 42), (7, 7), (13, 21), (199, 301), (96, 128)]:
-        x = torch.randn(2, 64, *size, device="cuda", requires_grad=True)
-        weight = torch.ones(64, device="cuda", requires_grad=True)
-        fused_group_norm(x, 16, weight, weight, residual=x, relu=True).sum().backward()
+        pixels = [-(-side // scale) for side in size]
+        x = torch.randn(2, channels, *pixels, device=device).to(dtype, memory_format=layout)
+        x.requires_grad_()
+        weight = torch.ones(channels, device=device, requires_grad=True)
+        groups = channels // 4
+        fused_group_norm(x, groups, weight, weight, residual=x, relu=True).sum().backward()
         counts.append(sum(len(kernel.compiled) for kernel in kernels))
     return counts[-1] - counts[0]
 
@@ -228,11 +231,11 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
     print(f"{device}: {machine or platform.machine()}, torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads; the operator runs {backend(device)}.")  # fmt: skip
-    compiled = args.compile or device == "cuda"
+    compiler = "inductor" if args.compile or device == "cuda" else ""
     if device == "cpu":
-        left_out = {"torch.compile": compiled, "PFPN's own shapes": args.large}
+        left_out = {"torch.compile": compiler, "PFPN's own shapes": args.large}
         print("Not run:", ", ".join(["CUDA", *(k for k, v in left_out.items() if not v)]) + ".")
-    results = [measure(case, device, args.repeats, compiled) for case in cases(device, args.large)]
+    results = [measure(case, device, args.repeats, compiler) for case in cases(device, args.large)]
     headers = ("shape", "G", "layout", "dtype", "copy ms", "PyTorch ms", "fused ms", "spread ms",
                "fwd/PyTorch", "both/PyTorch", "both/copy", "both/FrozenBN",
                "both/compiled")  # fmt: skip

@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,10 +81,10 @@ class Empty(torch.autograd.Function):
         return tuple(map(torch.empty_like, ctx.saved_tensors))
 
 
-def norms(shape: tuple[int, ...], groups: int) -> dict[str, tuple[Case, Case]]:
+def norms(shape: tuple[int, ...], groups: int, device: str = "cpu") -> dict[str, tuple[Case, Case]]:
     """Return forward pass, and forward and backward, of the norms to compare."""
-    x = torch.randn(shape, requires_grad=True)
-    weight, bias = (torch.ones(shape[1], requires_grad=True) for _ in range(2))
+    x = torch.randn(shape, device=device, requires_grad=True)
+    weight, bias = (torch.ones(shape[1], device=device, requires_grad=True) for _ in range(2))
     fused, operator = fused_group_norm.fused_group_norm, torch.ops.gn_practical.group_norm
     forwards = {
         "fused": lambda: fused(x, groups, weight, bias, relu=True),
@@ -128,17 +129,37 @@ def parts(shape: tuple[int, ...], groups: int) -> dict[str, Case]:
     }  # fmt: skip
 
 
-def measure(cases: dict[str, Case], rounds: int) -> dict[str, str]:
-    """Time all cases in turns."""
-    times: dict[str, list[float]] = {name: [] for name in cases}
+def microseconds(
+    cases: dict[Any, Case],
+    rounds: int,
+    calls: int = CALLS,
+    wait: Case = lambda: None,
+    now: Callable[[], float] = time.thread_time,
+) -> dict[Any, list[float]]:
+    """Return the times of a call in each round.
+
+    Args:
+        cases: run in turns.
+        rounds: that are counted, after one that compiles.
+        calls: of a case in a round.
+        wait: lets a device finish what is queued, before each case.
+        now: the clock; not the thread's on a GPU, where another one runs backward passes.
+    """
+    times: dict[Any, list[float]] = {name: [] for name in cases}
     for _ in range(rounds + 1):
         for name, case in cases.items():
-            start = time.thread_time()
-            for _ in range(CALLS):
+            wait()
+            start = now()
+            for _ in range(calls):
                 case()
-            times[name].append((time.thread_time() - start) / CALLS * 1e6)
-    # The first round compiles.
-    return {k: f"{statistics.median(v[1:]):.1f} ({min(v[1:]):.1f})" for k, v in times.items()}
+            times[name].append((now() - start) / calls * 1e6)
+    return {name: values[1:] for name, values in times.items()}  # the first round compiles
+
+
+def measure(cases: dict[Any, Case], rounds: int) -> dict[Any, str]:
+    """Time all cases in turns."""
+    times = microseconds(cases, rounds)
+    return {name: f"{statistics.median(v):.1f} ({min(v):.1f})" for name, v in times.items()}
 
 
 def launches(driver: NoDevice, case: Case) -> int:

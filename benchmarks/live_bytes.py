@@ -1,5 +1,6 @@
 """Bytes of the tensors that live at a time: deterministic, on the CPU as on a GPU."""
 
+import gc
 from typing import Any
 
 import torch
@@ -44,3 +45,31 @@ class LiveBytes(TorchDispatchMode):
         self._made = {k: v for k, v in self._made.items() if not v[0].expired()}
         self._bound = sum(size for _, size in self._made.values())
         return self._bound
+
+
+class AllocatorBytes:
+    """The same of CUDA's allocator, without what lived before: with what operators need inside."""
+
+    def __enter__(self) -> "AllocatorBytes":
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self._before = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.cuda.synchronize()
+
+    def now(self) -> int:
+        """Return the bytes that were allocated since and are still."""
+        return torch.cuda.memory_allocated() - self._before
+
+    @property
+    def peak(self) -> int:
+        """The most that was allocated at a time."""
+        return torch.cuda.max_memory_allocated() - self._before
+
+
+def counter(model: nn.Module) -> LiveBytes | AllocatorBytes:
+    """Return what counts the bytes where a model is."""
+    return AllocatorBytes() if next(model.parameters()).is_cuda else LiveBytes(model)

@@ -8,7 +8,7 @@ autocast in float32 on CUDA and in bfloat16 on the CPU; "PyTorch as on CUDA" cas
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from detectron2.utils.events import EventStorage
-from live_bytes import LiveBytes
+from live_bytes import counter
 from tabulate import tabulate
 from torch import Tensor, nn
 from train_step import CONFIGS, batch, config
@@ -65,8 +65,9 @@ def chain(norm: str, fused: bool, recompute: bool) -> nn.Sequential:
 def count(model: nn.Module, loss: Callable[[], Tensor], amp: bool, as_on_cuda: bool) -> list[int]:
     """Return the bytes after the forward pass and the peak of a step with it."""
     torch.manual_seed(0)
-    with EventStorage(), LiveBytes(model) as live:
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+    device = next(model.parameters()).device.type
+    with EventStorage(), counter(model) as live:
+        with torch.autocast(device, torch.bfloat16, enabled=amp):
             if as_on_cuda:
                 with group_norm_as_on_cuda():
                     result = loss()
@@ -77,30 +78,39 @@ def count(model: nn.Module, loss: Callable[[], Tensor], amp: bool, as_on_cuda: b
     return [stored, live.peak]
 
 
-def measure(name: str, size: tuple[int, int], images: int, amp: bool) -> list[dict]:
-    """Count for each run."""
+def measure(
+    name: str,
+    size: tuple[int, int],
+    images: int,
+    amp: bool,
+    device: str = "cpu",
+    overrides: Sequence = (),
+) -> list[dict]:
+    """Count for each run; on CUDA by its allocator, after a step that makes what stays."""
     results = []
     for run, norm, fused, recompute, as_on_cuda in RUNS:
-        if as_on_cuda and not amp:
+        if as_on_cuda and (not amp or device == "cuda"):
             continue
         torch.manual_seed(0)
         if name == "chain":
-            model = chain(norm, fused, recompute)
-            x = torch.randn(images, 3, *size)
+            model = chain(norm, fused, recompute).to(device)
+            x = torch.randn(images, 3, *size, device=device)
             loss = lambda model=model, x=x: model(x).float().mean()  # noqa: E731
         else:
             variant = {"NORM": norm, "FUSED": fused, "RECOMPUTE": recompute}
-            model = build_model(config(name, variant, "cpu")).train()
+            model = build_model(config(name, variant, device, overrides)).train()
             data = batch(*size, images)
             loss = lambda model=model, data=data: sum(model(data).values())  # noqa: E731
-        stored, peak = count(model, loss, amp, as_on_cuda)
+        for _ in range(2 if device == "cuda" else 1):
+            stored, peak = count(model, loss, amp, as_on_cuda)
+            model.zero_grad(set_to_none=True)
         results.append({"model": name, "amp": amp, "run": run, "stored": stored, "peak": peak})
     return results
 
 
 def rows(results: list[dict]) -> list[list]:
     """Format bytes, and their ratio to what PyTorch stores; under autocast, as on CUDA."""
-    reference = results[1] if results[0]["amp"] else results[0]
+    reference = next((r for r in results if r["run"].endswith("as on CUDA")), results[0])
     return [
         [
             r["model"], "bfloat16" if r["amp"] else "float32", r["run"], r["stored"] / 2**20,

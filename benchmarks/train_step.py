@@ -4,21 +4,24 @@
     python benchmarks/train_step.py --variants "PGN + WS" "GN(32)" --models pfpn_pgn_all
 
 The models take turns in one process on the same images; ratios are of the medians. Weights are
-random, which FrozenBN does not normalize: without pretrained weights its detections, and so its
-times, do not compare.
+random, so FrozenBN takes its statistics from the images: with others its activations would grow
+from block to block, and half precision would overflow. The zoo's model freezes the first stages.
 """
 
 import argparse
+import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from clock import clock
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from live_bytes import LiveBytes
+from live_bytes import counter
 from tabulate import tabulate
 from torch import nn
 
@@ -43,13 +46,15 @@ VARIANTS = {
 }
 
 
-def config(name: str, variant: dict, device: str) -> CfgNode:
+def config(name: str, variant: dict, device: str, overrides: Sequence = ()) -> CfgNode:
     """Return the config of a variant: this project's with another norm, or the zoo's."""
     if variant["NORM"] == "FrozenBN":
         cfg = model_zoo.get_config(CONFIGS[name])
         add_pgn_config(cfg)
+        cfg.merge_from_list([*overrides])
     else:
-        cfg = load_cfg(str(FOLDER / f"{name}.yaml"), ["MODEL.DEVICE", device]).clone()
+        words = ["MODEL.DEVICE", device, *map(str, overrides)]
+        cfg = load_cfg(str(FOLDER / f"{name}.yaml"), words).clone()
         cfg.defrost()
         for part in cfg.MODEL.values():
             if isinstance(part, CfgNode) and part.get("NORM") == "PGN":
@@ -74,12 +79,12 @@ def batch(height: int, width: int, images: int) -> list[dict]:
     return [{"image": image, "instances": instances, "sem_seg": sem_seg}] * images
 
 
-def step(model: nn.Module, data: list[dict], amp: bool) -> float:
-    """Time one forward and backward pass."""
+def step(model: nn.Module, data: list[dict], dtype: torch.dtype | None) -> float:
+    """Time one forward and backward pass, under autocast where a dtype is given."""
     device = next(model.parameters()).device.type
     now = clock(device)
     start = now()
-    with torch.autocast(device, torch.bfloat16, enabled=amp):
+    with torch.autocast(device, dtype, enabled=dtype is not None):
         loss = sum(model(data).values())
     loss.backward()
     seconds = now() - start
@@ -87,48 +92,84 @@ def step(model: nn.Module, data: list[dict], amp: bool) -> float:
     return seconds
 
 
-def infer(model: nn.Module, data: list[dict], amp: bool) -> float:
+def infer(model: nn.Module, data: list[dict], dtype: torch.dtype | None) -> float:
     """Time inference."""
     device = next(model.parameters()).device.type
     model.eval()
     now = clock(device)
     start = now()
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=amp):
+    with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype is not None):
         model(data)
     seconds = now() - start
     model.train()
     return seconds
 
 
-def peak_bytes(model: nn.Module, data: list[dict], amp: bool) -> int:
-    """Return the most bytes that a step holds: of the allocator on CUDA, of tensors on the CPU."""
-    if next(model.parameters()).is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        step(model, data, amp)
-        return torch.cuda.max_memory_allocated()
-    with LiveBytes(model) as live:
-        step(model, data, amp)
+def peak_bytes(model: nn.Module, data: list[dict], dtype: torch.dtype | None) -> int:
+    """Return the most bytes that a step holds beside the parameters."""
+    with counter(model) as live:
+        step(model, data, dtype)
     return live.peak
 
 
-def measure(
-    name: str, variants: list[str], device: str, repeats: int, size: tuple[int, int], amp: bool
-) -> list[dict]:
-    """Time the variants in turns."""
-    data = batch(*size, 2 if device == "cuda" else 1)
+def take_statistics(model: nn.Module, data: list[dict]) -> None:
+    """Give each FrozenBN the mean and variance of its input, in the order in which they run."""
+
+    def take(norm: nn.Module, inputs: tuple) -> None:
+        variance, mean = torch.var_mean(inputs[0].float(), (0, 2, 3))
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+
+    norms = [m for m in model.modules() if isinstance(m, FrozenBatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(take) for norm in norms]
+    with torch.no_grad():
+        model.backbone(model.preprocess_image(data).tensor)
+    for hook in hooks:
+        hook.remove()
+
+
+def build(
+    name: str, variants: list[str], data: list[dict], device: str, overrides: Sequence = ()
+) -> dict[str, nn.Module]:
+    """Return the models of the variants, with the same weights where they have the same layers."""
     models = {}
     for variant in variants:
         torch.manual_seed(0)
-        models[variant] = build_model(config(name, VARIANTS[variant], device)).train()
+        cfg = config(name, VARIANTS[variant], device, overrides)
+        models[variant] = build_model(cfg).train()
+        take_statistics(models[variant], data)
+    return models
+
+
+def take_turns(
+    name: str,
+    models: dict[str, nn.Module],
+    data: list[dict],
+    repeats: int,
+    dtype: torch.dtype | None,
+    warm_up: int = 1,
+    count: bool = True,
+) -> list[dict]:
+    """Time the variants in turns, after some of warm-up, and count their bytes.
+
+    Args:
+        name: of the config.
+        models: from :func:`build`.
+        data: a batch.
+        repeats: turns that are timed.
+        dtype: of autocast; None to run without.
+        warm_up: turns before them.
+        count: whether to count the bytes, else they are not a number.
+    """
     times: dict[str, tuple[list, list]] = {variant: ([], []) for variant in models}
     with EventStorage():
-        for turn in range(repeats + 1):
+        for turn in range(repeats + warm_up):
             for variant, model in models.items():
-                seconds = step(model, data, amp), infer(model, data, amp)
-                if turn:
+                seconds = step(model, data, dtype), infer(model, data, dtype)
+                if turn >= warm_up:
                     for values, value in zip(times[variant], seconds, strict=True):
                         values.append(value)
-        peaks = {variant: peak_bytes(model, data, amp) for variant, model in models.items()}
+        peaks = {v: peak_bytes(m, data, dtype) if count else math.nan for v, m in models.items()}
     return [
         {"model": name, "norm": v, "train": t, "inference": i, "peak_bytes": peaks[v]}
         for v, (t, i) in times.items()
@@ -171,7 +212,10 @@ def main() -> None:
                "peak GiB", "to GN(32)")  # fmt: skip
     results = []
     for name in args.models:
-        measured = measure(name, args.variants, device, args.repeats, size, args.amp)
+        data = batch(*size, 2 if device == "cuda" else 1)
+        models = build(name, args.variants, data, device)
+        dtype = torch.bfloat16 if args.amp else None
+        measured = take_turns(name, models, data, args.repeats, dtype)
         print(tabulate(rows(measured), headers=headers, floatfmt=".2f"), flush=True)
         results += measured
     path = args.output / "train_step.json"

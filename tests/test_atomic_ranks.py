@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from detectron2.utils import comm
 
-from gn_practical.training.atomic import replace_file, write_json
+from gn_practical.atomic import replace_file, write_json
 from gn_practical.training.ranks import raise_on_all_ranks
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from gn_practical.training.atomic import replace_file
+from gn_practical.atomic import replace_file
 from gn_practical.weights.safe_loading import load_torch
 
 LAST = "last_checkpoint"  # Detectron2's file with the name of the checkpoint to resume from

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from gn_practical.training.atomic import PathLike, refuse_overwriting, replace_file, write_json
+from gn_practical.atomic import PathLike, refuse_overwriting, replace_file, write_json
 from gn_practical.training.data.coco_format import (
     VOID,
     mask_annotation,

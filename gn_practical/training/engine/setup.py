@@ -10,7 +10,7 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 
-from gn_practical.training.atomic import replace_file
+from gn_practical.atomic import replace_file
 from gn_practical.training.engine.logs import DETAILS, start_logging
 from gn_practical.training.engine.signals import STOP
 from gn_practical.training.ranks import raise_on_all_ranks

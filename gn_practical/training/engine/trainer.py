@@ -18,8 +18,8 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
 
+from gn_practical.atomic import write_json
 from gn_practical.modeling import build_model, group_norm_bindings
-from gn_practical.training.atomic import write_json
 from gn_practical.training.checkpoint import GroupsCheckpointer
 from gn_practical.training.config.node import RunConfig
 from gn_practical.training.data import CheckedDatasetMapper, skipped_samples

@@ -22,7 +22,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
-from gn_practical.training.atomic import write_json
+from gn_practical.atomic import write_json
 from gn_practical.training.data.coco_format import read_json
 from gn_practical.training.evaluation.ids import check_predicted_once, dataset_class, numbered
 

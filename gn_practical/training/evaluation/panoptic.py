@@ -19,7 +19,7 @@ from hotcoco.panoptic import PanopticEval
 from PIL import Image
 from tabulate import tabulate
 
-from gn_practical.training.atomic import write_json
+from gn_practical.atomic import write_json
 from gn_practical.training.data.coco_format import id_to_rgb, read_json
 from gn_practical.training.evaluation.ids import (
     check_predicted_once,

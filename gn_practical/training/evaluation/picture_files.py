@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from gn_practical.training.atomic import replace_file
+from gn_practical.atomic import replace_file
 
 _QUALITY = 92  # texts stay readable
 _LONGEST = 200  # bytes of a file's name, without its ending

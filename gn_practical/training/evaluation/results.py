@@ -7,7 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from gn_practical.training.atomic import write_json
+from gn_practical.atomic import write_json
 
 _WIDTH = 100  # of the tables, in characters
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from gn_practical.training.atomic import write_json
+from gn_practical.atomic import write_json
 from gn_practical.training.processes import end_with_parent
 from gn_practical.training.sweep.plan import Plan, Run
 

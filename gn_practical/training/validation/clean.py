@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from gn_practical.training.atomic import refuse_overwriting, write_json
+from gn_practical.atomic import refuse_overwriting, write_json
 from gn_practical.training.data.coco_format import is_id, read_json
 from gn_practical.training.data.errors import writing
 from gn_practical.training.validation.findings import ERROR, Entry, Fault

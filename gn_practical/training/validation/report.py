@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gn_practical.training.atomic import refuse_overwriting, replace_file, write_json
+from gn_practical.atomic import refuse_overwriting, replace_file, write_json
 from gn_practical.training.data.errors import DatasetError, writing
 from gn_practical.training.data.pool import Pool
 from gn_practical.training.validation.coco import Session

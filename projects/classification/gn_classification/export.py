@@ -7,7 +7,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from gn_practical.training.atomic import replace_file
+from gn_practical.atomic import replace_file
 from gn_practical.weights.describe import describe, describe_config
 
 _PREFIX = "backbone."

@@ -80,7 +80,8 @@ def losses(model: nn.Module, cfg: CfgNode, dtype: torch.dtype | None) -> dict[st
     with torch.autocast("cuda", dtype, enabled=dtype is not None):
         features = model.backbone((images - model.pixel_mean) / model.pixel_std)
         outputs["backbone"] = list(features.values())
-        outputs["rpn"] = sum(model.proposal_generator.rpn_head(list(features.values())), [])
+        objectness, deltas = model.proposal_generator.rpn_head(outputs["backbone"])
+        outputs["rpn"] = objectness + deltas
         outputs["box_head"] = model.roi_heads.box_predictor(model.roi_heads.box_head(regions))
         if cfg.MODEL.MASK_ON:
             outputs["mask_head"] = [model.roi_heads.mask_head.layers(regions)]
@@ -104,7 +105,8 @@ def backward(loss: Tensor) -> dict[Tensor, Tensor]:
         node = ready.pop()
         grads = arrived.pop(node, {})
         if hasattr(node, "variable"):
-            leaves |= {node.variable: grad for grad in grads.values()}
+            if grads:
+                leaves[node.variable] = grads[0]
             continue
         for (following, index), grad in zip(node.next_functions, _run(node, grads), strict=True):
             if following is None:

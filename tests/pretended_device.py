@@ -7,15 +7,14 @@ waits for on a GPU is noted in ``WAITS``.
 
 import traceback
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torchvision  # noqa: F401 -- its operators
 from torch import Tensor
+from torch.utils import backend_registration
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils import backend_registration
 
 aten = torch.ops.aten
 NAME = "pretended"
@@ -29,7 +28,8 @@ FACTORIES = (
     "empty.memory_format", "empty_strided", "arange", "arange.start", "arange.start_step",
     "randperm", "linspace", "eye", "eye.m",
 )  # fmt: skip
-WAITS: Counter[tuple[str, str]] = Counter()  # operator, and the place in Python
+PACKAGES = ("gn_practical", "detectron2")
+WAITS: Counter[tuple[str, str]] = Counter()  # operator, and the file that asked
 
 
 class Pretended(Tensor):
@@ -120,9 +120,12 @@ def _leaves_the_device(name: str, args: tuple, kwargs: dict) -> bool:
 
 
 def _place() -> str:
+    """Name the file that asked, the innermost one outside of PyTorch, from its package on."""
     for frame in reversed(traceback.extract_stack()):
-        if "/torch/" not in frame.filename and frame.filename != __file__:
-            return f"{'/'.join(frame.filename.split('/')[-3:])}:{frame.name}"
+        parts = frame.filename.split("/")
+        if frame.filename != __file__ and "torch" not in parts:
+            package = max((i for i, p in enumerate(parts) if p in PACKAGES), default=-2)
+            return "/".join(parts[package:])
     return ""
 
 
@@ -195,9 +198,7 @@ def _autocast(operator: Any, dtype: torch.dtype | None) -> Any:
 
     def run(*args: Any) -> Tensor:
         to = dtype or torch.get_autocast_dtype(NAME)
-        cast = [
-            t.to(to) if isinstance(t, Tensor) and t.is_floating_point() else t for t in args
-        ]
+        cast = [t.to(to) if isinstance(t, Tensor) and t.is_floating_point() else t for t in args]
         with torch._C._ExcludeDispatchKeyGuard(keys):
             result = operator(*cast)
         # As torchvision's, which compute in float32 alone.

@@ -52,22 +52,98 @@ def device():
     snapshot._is_plain = lambda t: not isinstance(t, pretended_device.Pretended) and plain(t)
 
 
-def train(output, device, *overrides):
+def train(output, device, *overrides, flags=()):
     from tool_train_net import run
 
     pretended_device.WAITS.clear()
-    fixed = ("SOLVER.MAX_ITER", 2, "DATALOADER.NUM_WORKERS", 0, "SEED", 7)
-    run("--config-file", TINY, "MODEL.DEVICE", device, "OUTPUT_DIR", output, *fixed, *overrides)
-    lines = (output / "metrics.json").read_text().splitlines()
-    return [json.loads(line)["total_loss"] for line in lines if "total_loss" in line]
+    fixed = (
+        "DATALOADER.NUM_WORKERS",
+        0,
+        "SEED",
+        7,
+        "SOLVER.LR_SCHEDULER_NAME",
+        "WarmupMultiStepLR",
+    )
+    where = ("MODEL.DEVICE", device, "OUTPUT_DIR", output)
+    run("--config-file", TINY, *flags, *where, *fixed, *overrides)
+    model = torch.load(output / "model_final.pth", weights_only=True)["model"]
+    assert all(t.isfinite().all() for t in model.values() if t.is_floating_point())
+    return model
 
 
-def waits():
-    """Places of this project at which the host waits."""
-    return {place for _, place in pretended_device.WAITS if "gn_practical" in place}
+ONE_STEP = ("SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()")
 
 
 @pretended
-def test_a_run_with_evaluation_and_pictures_is_that_of_the_cpu(tmp_path):
-    losses = train(tmp_path / "pretended", "pretended", "TEST.NUM_PICTURES", 1)
-    assert losses == pytest.approx(train(tmp_path / "cpu", "cpu", "DATASETS.TEST", "()"), rel=1e-4)
+def test_a_run_is_that_of_the_cpu(tmp_path):
+    """It waits once in a step, to know whether gradients are finite; evaluates, draws, goes on."""
+    on_device, on_cpu = tmp_path / "pretended", tmp_path / "cpu"
+    train(on_device, "pretended", *ONE_STEP)
+    ours = {key: n for key, n in pretended_device.WAITS.items() if key[1].startswith("gn_")}
+    assert ours.pop(("_to_copy", "gn_practical/training/checkpoint/snapshot.py")) > 100
+    assert ours == {
+        ("_local_scalar_dense", "gn_practical/training/checkpoint/finite_weights.py"): 1
+    }
+
+    two_steps = ("SOLVER.MAX_ITER", 2, "TEST.NUM_PICTURES", 1)
+    model = train(on_device, "pretended", *two_steps, flags=["--resume"])
+    train(on_cpu, "cpu", *ONE_STEP)
+    for name, weight in train(on_cpu, "cpu", *two_steps, flags=["--resume"]).items():
+        torch.testing.assert_close(model[name], weight, rtol=1e-3, atol=1e-5)
+    results = [json.loads((d / "results.json").read_text()) for d in (on_device, on_cpu)]
+    assert results[0].keys() == results[1].keys() >= {"panoptic_seg", "bbox", "segm", "sem_seg"}
+    for task in results[0]:
+        assert results[0][task] == pytest.approx(results[1][task], abs=0.1, nan_ok=True)
+    assert len(list(on_device.glob("pictures/**/*.png"))) == 1
+
+
+@pretended
+def test_options_together(tmp_path):
+    """Faster R-CNN, mixed precision, memory mode, batches in parts, frozen weights, the audit."""
+    train(
+        *(tmp_path, "pretended", *ONE_STEP, "DATASETS.TRAIN", "('scenes_train',)"),
+        *("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MODEL.MASK_ON", False),
+        *("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16"),
+        *("MODEL.PGN.RECOMPUTE", True, "SOLVER.ACCUMULATE_STEPS", 2, "SOLVER.AUDIT_PERIOD", 1),
+        *("MODEL.WS.ENABLED", True, "MODEL.BACKBONE.FREEZE_AT", 2),
+    )
+
+
+@pretended
+def test_a_bad_step_leaves_no_trace(tmp_path, monkeypatch):
+    from gn_practical.training.engine.autocast import AutocastTrainer
+
+    losses = AutocastTrainer._losses
+    spoil = lambda self, data: {k: v * torch.nan for k, v in losses(self, data).items()}  # noqa: E731
+    monkeypatch.setattr(AutocastTrainer, "_losses", spoil)
+    train(tmp_path, "pretended", "SOLVER.MAX_SKIPPED_STEPS", 5, *ONE_STEP)
+    assert len((tmp_path / "bad_steps.json").read_text().splitlines()) == 1
+
+
+@pretended
+def test_distributed_data_parallel(tmp_path):
+    """Its buckets, hooks and copies are on the device too; gloo moves their values."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        norm = PracticalGroupNorm(8)
+        norm.bind(in_channels=4, num_groups=2)
+        model = nn.Sequential(nn.Conv2d(4, 8, 3), norm, nn.Conv2d(8, 2, 3)).to("pretended")
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        recomputation.recompute_outputs(wrapped)
+        wrapped(torch.randn(2, 4, 8, 8, device="pretended")).square().sum().backward()
+        assert all(p.grad.device == p.device for p in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pretended
+def test_a_tensor_of_the_cpu_is_found(tmp_path, monkeypatch):
+    from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+
+    forward = DefaultAnchorGenerator.forward
+    on_cpu = lambda self, features: [b.to("cpu") for b in forward(self, features)]  # noqa: E731
+    monkeypatch.setattr(DefaultAnchorGenerator, "forward", on_cpu)
+    with pytest.raises(SystemExit, match="tensors of one device, got one of the CPU"):
+        train(tmp_path, "pretended", *ONE_STEP)

@@ -111,8 +111,9 @@ def both(forward: Case, *inputs: Tensor) -> Case:
 def parts(shape: tuple[int, ...], groups: int) -> dict[str, Case]:
     """Return what a forward pass consists of, each by itself."""
     x, weight = torch.randn(shape), torch.ones(shape[1])
-    prepared = (x, weight, weight, groups, (True, False), False)
-    plan, key, _ = group_norm_kernels._prepare(*prepared)
+    key = (x.dtype, weight.dtype, weight.dtype, x.get_device())
+    prepared = (x, torch.contiguous_format, key, groups, (True, False), False)
+    plan, _ = group_norm_kernels._prepare(*prepared)
     kernel, args = group_norm_kernels._normalize, (x, None, x, weight, weight, weight)
     through_triton = (*args, *plan.rows.numbers, True, False, *plan.rows.tile)
     return {
@@ -123,7 +124,7 @@ def parts(shape: tuple[int, ...], groups: int) -> dict[str, Case]:
         "allocation": lambda: (
             torch.empty_like(x), x.new_empty((2, shape[0], groups), dtype=torch.float32)
         ),
-        "a launch": lambda: kernel(plan.rows, args, key, (True, False)),
+        "a launch": lambda: kernel(plan.rows, args, key, 0, (True, False)),
         "a launch by Triton's dispatcher": lambda: kernel.jit[plan.rows.grid](*through_triton),
     }  # fmt: skip
 

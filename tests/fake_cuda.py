@@ -31,7 +31,7 @@ def fake_cuda(monkeypatch, eager: bool = True) -> Iterator[Counter]:
     """
     launches = Counter()
 
-    def launch(kernel, cut, args, key, flags=()):
+    def launch(kernel, cut, args, key, stream, flags=()):
         for tensor in args:
             if isinstance(tensor, Tensor) and tensor.device != DEVICE:
                 raise RuntimeError(f"{kernel.jit.__name__} got a tensor on {tensor.device}")
@@ -44,6 +44,7 @@ def fake_cuda(monkeypatch, eager: bool = True) -> Iterator[Counter]:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     for module in (group_norm_kernels, standardization_kernels):
         monkeypatch.setattr(module, "dense", _dense)
+        monkeypatch.setattr(module, "current_stream", lambda device: 0)
     for module in (fused_group_norm, weight_standardization):
         monkeypatch.setattr(module, "_kernels_agree", lambda device: True)
         if eager:

@@ -484,18 +484,24 @@ class NoDriver:
 
         monkeypatch.setattr(jit.JITFunction, "run", run)
         monkeypatch.setattr(kernels, "_compiled", set())
+        monkeypatch.setattr(kernels, "current_stream", lambda device: 7)
         for name in ("moments", "combine", "normalize", "sums", "reduce", "gradient",
                      "forward_groups", "backward_groups"):  # fmt: skip
-            monkeypatch.setattr(getattr(kernels, f"_{name}"), "compiled", {})
+            for kept in ("compiled", "loaded"):
+                monkeypatch.setattr(getattr(kernels, f"_{name}"), kept, {})
 
 
 class Launcher(NamedTuple):
     launched: list
     name: str
+    function: int = 1
+    packed_metadata: tuple = ()
 
-    def __getitem__(self, grid):
+    def run(self, *args):
+        *grid, stream, function, metadata = args[:6]
         assert all(size > 0 for size in grid)
-        return lambda *args: self.launched.append(self.name)
+        assert (stream, function, metadata) == (7, 1, ())
+        self.launched.append(self.name)
 
 
 def step(shape, groups, dtype=torch.float32, layout=torch.contiguous_format, residual=False):

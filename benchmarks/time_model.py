@@ -51,10 +51,10 @@ class Gpu(NamedTuple):
     single_share: float = 0.5  # of the peak that convolutions reach: assumed, as FLOPS_SHARE
 
 
-# A100 80GB SXM, nvidia-a100-datasheet-us-nvidia-1758950; H100 SXM, nvidia.com/en-us/data-center/h100,
-# the halves of what is given with sparsity; H200 SXM, nvidia.com/en-us/data-center/h200; V100 SXM2,
-# nvidia.com/en-us/data-center/v100. The V100 stands here for its measured times: those of
-# Detectron2's model zoo, R-50 FPN 1x with FrozenBN, two images a GPU of 640 to 800 pixels.
+# A100 80GB SXM: nvidia-a100-datasheet-us-nvidia-1758950. H100: nvidia.com/en-us/data-center/h100,
+# SXM, half of what is given with sparsity. H200 SXM: nvidia.com/en-us/data-center/h200. V100 SXM2:
+# nvidia.com/en-us/data-center/v100; it stands here for its measured times, those of Detectron2's
+# model zoo, R-50 FPN 1x with FrozenBN, two images a GPU of 640 to 800 pixels.
 GPUS = {
     "V100": Gpu(0.900e12, 15.7e12, 125e12, 1.53e9, single_share=0.8),  # not on tensor cores
     "A100": Gpu(2.039e12, 156e12, 312e12, 1.41e9),

@@ -121,9 +121,10 @@ def _leaves_the_device(name: str, args: tuple, kwargs: dict) -> bool:
 
 def _place() -> str:
     """Name the file that asked, the innermost one outside of PyTorch, from its package on."""
-    for frame in reversed(traceback.extract_stack()):
-        parts = frame.filename.split("/")
-        if frame.filename != __file__ and "torch" not in parts:
+    for frame, _ in traceback.walk_stack(None):
+        path = frame.f_code.co_filename
+        parts = path.split("/")
+        if path != __file__ and "torch" not in parts:
             package = max((i for i, p in enumerate(parts) if p in PACKAGES), default=-2)
             return "/".join(parts[package:])
     return ""

@@ -560,6 +560,34 @@ def test_launches(layout, shape, groups, forward, backward, monkeypatch):
 
 @in_pytorch
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_a_kept_kernel_is_launched_as_by_triton(monkeypatch):
+    """The driver gets the same from this package as from Triton's own launch, but for its hooks."""
+    import triton
+
+    from gn_practical.layers import weight_standardization_kernels as kernels
+
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    from host_time import NoDevice
+
+    launched = []
+    launch = lambda driver, *args: launched.append((args[:6], args[9], args[13:]))  # noqa: E731
+    monkeypatch.setattr(NoDevice, "launch", launch)
+    for kept in ("compiled", "loaded"):
+        monkeypatch.setattr(kernels._standardize, kept, {})
+    name = "_active" if hasattr(triton.runtime.driver, "_active") else "active"  # before 3.4
+    monkeypatch.setattr(triton.runtime.driver, name, NoDevice())
+    weight = torch.randn(4, 3, 3, 3)
+    y, stats = kernels.forward(weight, 1e-5)
+    kernels.forward(weight, 1e-5)
+    kernels._standardize.jit[(4, 1, 1)](weight, y, stats, 1e-5, 27, BLOCK=32)
+    ours, again, tritons = launched
+    assert ours[0] == again[0] == tritons[0]  # grid, stream, function, its properties
+    assert ours[1] is again[1] is tritons[1] is weight
+    assert ours[2] == again[2] == tritons[2] == (27, 32)
+
+
+@in_pytorch
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_kernels_get_aligned_memory():
     """A kept kernel loads 16 bytes at a time, and Triton does not look again."""
     from gn_practical.layers.kernel import dense

@@ -6,8 +6,8 @@ A model, not a measurement. Forward and backward pass of a detector run at full 
 meta device, which computes nothing, and every operator is noted. A kernel takes the longest of its
 bytes at the GPU's bandwidth, its flops at its peak, and the shortest time that a kernel takes; the
 host takes a time for each operator and each launch. In each part of a step, at whose end the host
-waits or the parts turn around, the slower of the two decides. All that is assumed stands at the top
-of this file, and in docs/performance.md.
+waits or the parts turn around, the slower of the two decides. All that is assumed stands in
+docs/performance.md, at the top of this file and of kernel_costs.py.
 """
 
 import argparse
@@ -28,164 +28,22 @@ from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.utils.events import EventStorage
 from host_time import NoDevice
+from kernel_costs import GPUS, SHORTEST, Gpu, Trace, Work, bytes_of
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 from train_step import FOLDER, batch, config
 
 from gn_practical import PracticalGroupNorm, build_model
-from gn_practical.layers import backends, fused_group_norm, group_norm_kernels
+from gn_practical.layers import backends, fused_group_norm
 from gn_practical.training.engine import load_cfg
 from gn_practical.training.evaluation.results import write_results
 
-
-class Gpu(NamedTuple):
-    """Published peaks, dense: bytes and flops a second, and clock in Hz."""
-
-    bandwidth: float
-    single: float  # of convolutions in float32: TF32, PyTorch's default, where there is
-    half: float
-    clock: float
-    single_share: float = 0.5  # of the peak that convolutions reach: assumed, as FLOPS_SHARE
-
-
-# A100 80GB SXM: nvidia-a100-datasheet-us-nvidia-1758950. H100: nvidia.com/en-us/data-center/h100,
-# SXM, half of what is given with sparsity. H200 SXM: nvidia.com/en-us/data-center/h200. V100 SXM2:
-# nvidia.com/en-us/data-center/v100; it stands here for its measured times, those of Detectron2's
-# model zoo, R-50 FPN 1x with FrozenBN, two images a GPU of 640 to 800 pixels.
-GPUS = {
-    "V100": Gpu(0.900e12, 15.7e12, 125e12, 1.53e9, single_share=0.8),  # not on tensor cores
-    "A100": Gpu(2.039e12, 156e12, 312e12, 1.41e9),
-    "H100": Gpu(3.35e12, 494.7e12, 989.4e12, 1.83e9),
-    "H200": Gpu(4.8e12, 494.7e12, 989.4e12, 1.83e9),
-}
-ZOO = {"pfpn_pgn_all": 304, "faster_rcnn_gn_ws_pgn": 210}  # ms
-BANDWIDTH_SHARE = 0.8  # of the peak, by kernels that move much: assumed
-FLOPS_SHARE = 0.5  # of the peak of tensor cores, by convolutions and matrix products: assumed
-SHORTEST = 3e-6  # s a kernel occupies the GPU at least, with the gap to the next: assumed
-# PyTorch's CUDA group norm takes the moments of a group in one block of 512 threads, a value each
-# in an iteration, whose latency is read off its machine code.
-MOMENTS_THREADS, MOMENTS_CYCLES = 512, 650
 # The host, in s: what it takes for the same part of a narrow model with images of 64 pixels, on one
 # core of this machine without a GPU, and for each launch; 1 to 3 µs are published for CUDA 12.
 LAUNCH = 2.5e-6
 WAIT = 10e-6  # from the end of a kernel until the host that waited has launched another: assumed
 STEP = 1.5e-3  # of the optimizer, the scheduler and the hooks: assumed
-
-
-class Work(NamedTuple):
-    """What an operator, or a part of it, costs."""
-
-    name: str
-    launches: int
-    bytes: float = 0.0
-    flops: float = 0.0
-    values: int = 0  # that each block of a group norm's moments reads by itself
-
-    def seconds(self, gpu: Gpu, half: bool) -> float:
-        """Return the time of its kernels on a GPU."""
-        if not self.launches:
-            return 0.0
-        peak = gpu.half * FLOPS_SHARE if half else gpu.single * gpu.single_share
-        return max(
-            self.bytes / (gpu.bandwidth * BANDWIDTH_SHARE),
-            self.flops / peak,
-            -(-self.values // MOMENTS_THREADS) * MOMENTS_CYCLES / gpu.clock,
-            self.launches * SHORTEST,
-        )
-
-
-class Trace(TorchDispatchMode):
-    """Notes what the operators cost that run while it is active.
-
-    Args:
-        half: the float32 of what runs stands for half precision under autocast.
-    """
-
-    def __init__(self, half: bool = False) -> None:
-        super().__init__()
-        self.half = half
-        self.works: list[Work] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.works += self._costs(func, args, kwargs or {}, result)
-        return result
-
-    def _costs(self, func: Any, args: tuple, kwargs: dict, result: Any) -> Iterator[Work]:
-        name = func.overloadpacket.__name__
-        if name in _COSTS:
-            yield from _COSTS[name](args, self.half)
-            return
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        storages = {t.untyped_storage()._cdata for t in tensors}
-        computes = func._schema.is_mutable or any(
-            t.untyped_storage()._cdata not in storages for t in made
-        )
-        if not computes or name.startswith(("empty", "new_empty")) or not made:
-            yield Work(name, 0)
-            return
-        moved = sum(map(_bytes, tensors + made)) / (2 if self.half else 1)
-        formula = flop_registry.get(func.overloadpacket)
-        flops = formula(*args, **kwargs, out_val=result) if formula else 0
-        launches = 2 if name == "convolution_backward" else 1
-        yield Work(name, launches, moved, flops)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _group_norm(args: tuple, half: bool) -> Iterator[Work]:
-    """PyTorch's: moments, then parameters of channels, then y; under autocast in float32."""
-    x, groups = args[0], args[6]
-    size = _bytes(x)
-    yield Work("moments", 1, size, values=x.numel() // (x.shape[0] * groups))
-    yield Work("normalize", 2, 2 * size)
-    if half:  # casts before and after, and float32 for the ReLU, which is counted as half
-        yield Work("casts", 2, 3 * size + size)
-
-
-def _group_norm_backward(args: tuple, half: bool) -> Iterator[Work]:
-    size = _bytes(args[1])
-    yield Work("group norm backward", 5, 5 * size)
-    if half:
-        yield Work("casts", 2, 3 * size + 1.5 * size)
-
-
-def _fused(args: tuple, half: bool) -> Iterator[Work]:
-    x, residual, groups = args[0], args[3], args[4]
-    small = _plan(x, groups, half).small[0]
-    size = _bytes(x) / (2 if half else 1)
-    accesses = 3 + (residual is not None) - small  # a small group is found in the cache
-    yield Work("fused", 1 if small else 3, accesses * size)
-
-
-def _fused_backward(args: tuple, half: bool) -> Iterator[Work]:
-    x, y, stats = args[1], args[2], args[5]
-    small = _plan(x, stats.shape[2], half).small[1]
-    size = _bytes(x) / (2 if half else 1)
-    accesses = (3 if small else 5) + 2 * (y is not None)
-    yield Work("fused backward", 1 if small else 3, accesses * size)
-
-
-def _plan(x: Tensor, groups: int, half: bool) -> group_norm_kernels.Plan:
-    return group_norm_kernels._plan(x.shape, 2 if half else 4, False, groups)
-
-
-_COSTS = {
-    "native_group_norm": _group_norm,
-    "native_group_norm_backward": _group_norm_backward,
-    "group_norm": _fused,
-    "group_norm_backward": _fused_backward,
-}
-
-
+ZOO = {"pfpn_pgn_all": 304, "faster_rcnn_gn_ws_pgn": 210}  # ms
 SIZE, IMAGES = (800, 1344), 2  # of a step of a GPU; Detectron2 pads 800 × 1333 to multiples of 32
 NARROW = (64, 64)
 NORMS = {
@@ -351,15 +209,15 @@ def parts_of(name: str, norm: str, half: bool, standardized: bool) -> dict[str, 
     model = build(cfg, "meta", options.get("groups", 0))
     works = trace(model, cfg, SIZE, half)
     if half:  # autocast copies the weights to half precision, and their gradients back
-        sizes = [_bytes(p) for p in model.parameters() if p.dim() > 1]
+        sizes = [bytes_of(p) for p in model.parameters() if p.dim() > 1]
         for part in ("backbone", "backbone backward"):
             works[part] += [Work("cast", 1, 1.5 * size) for size in sizes]
     if standardized:
         layers = [m for m in model.modules() if isinstance(m, Conv2d) and m.norm is not None]
-        sizes = [_bytes(m.weight) for m in layers]
+        sizes = [bytes_of(m.weight) for m in layers]
         works["backbone"] += [Work("standardize", 1, 2 * size) for size in sizes]
         works["backbone backward"] += [Work("standardize", 1, 3 * size) for size in sizes]
-    size = sum(_bytes(p) for p in model.parameters() if p.requires_grad)
+    size = sum(bytes_of(p) for p in model.parameters() if p.requires_grad)
     works["optimizer"] = [Work("SGD", 12, 6 * size)]  # of tensors in lists; is the gradient finite?
     return works
 

@@ -9,6 +9,7 @@ medians and least times over the rounds, in µs of processor time a call. The fi
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from gn_practical.layers import backends, fused_group_norm, group_norm_kernels, standardize_weight
 
 CALLS = 100  # of a case in a round
+LAYERS = 10  # in a row
 Case = Callable[[], object]
 
 
@@ -109,11 +111,33 @@ def both(forward: Case, *inputs: Tensor) -> Case:
     return run
 
 
+def chain(shape: tuple[int, ...], groups: int) -> dict[str, tuple[Case, Case]]:
+    """Return the same for ``LAYERS`` layers in a row, as a model has them.
+
+    That is without what PyTorch's engine takes to start, which a single backward pass pays too.
+    """
+    x, upstream = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    layers = [[torch.ones(shape[1], requires_grad=True) for _ in "wb"] for _ in range(LAYERS)]
+    leaves = [x, *(tensor for layer in layers for tensor in layer)]
+    one_layer = {
+        "fused": lambda x, w, b: fused_group_norm.fused_group_norm(x, groups, w, b, relu=True),
+        "F.group_norm + relu_": lambda x, w, b: F.relu_(F.group_norm(x, groups, w, b)),
+        "empty autograd.Function": Empty.apply,
+    }
+
+    def cases(layer: Callable[..., Tensor]) -> tuple[Case, Case]:
+        forward = lambda: functools.reduce(lambda y, each: layer(y, *each), layers, x)  # noqa: E731
+        return forward, lambda: torch.autograd.grad(forward(), leaves, upstream)
+
+    return {name: cases(layer) for name, layer in one_layer.items()}
+
+
 def parts(shape: tuple[int, ...], groups: int) -> dict[str, Case]:
     """Return what a forward pass consists of, each by itself."""
     x, weight = torch.randn(shape), torch.ones(shape[1])
-    prepared = (x, weight, weight, groups, (True, False), False)
-    plan, key, _ = group_norm_kernels._prepare(*prepared)
+    key = (x.dtype, weight.dtype, weight.dtype, x.get_device())
+    prepared = (x, torch.contiguous_format, key, groups, (True, False), False)
+    plan, _ = group_norm_kernels._prepare(*prepared)
     kernel, args = group_norm_kernels._normalize, (x, None, x, weight, weight, weight)
     through_triton = (*args, *plan.rows.numbers, True, False, *plan.rows.tile)
     return {
@@ -124,7 +148,7 @@ def parts(shape: tuple[int, ...], groups: int) -> dict[str, Case]:
         "allocation": lambda: (
             torch.empty_like(x), x.new_empty((2, shape[0], groups), dtype=torch.float32)
         ),
-        "a launch": lambda: kernel(plan.rows, args, key, (True, False)),
+        "a launch": lambda: kernel(plan.rows, args, key, 0, (True, False)),
         "a launch by Triton's dispatcher": lambda: kernel.jit[plan.rows.grid](*through_triton),
     }  # fmt: skip
 
@@ -184,6 +208,8 @@ def main() -> None:
     tables = {
         "small groups, 2×64×8×8": norms((2, 64, 8, 8), 16),
         "large groups, 1×64×17×17": norms((1, 64, 17, 17), 1),
+        f"{LAYERS} layers of small groups": chain((2, 64, 8, 8), 16),
+        f"{LAYERS} layers of large groups": chain((1, 64, 17, 17), 1),
         "a weight of 64×64×3×3": {"standardize_weight": (standardize, both(standardize, filters))},
     }
     for title, pairs in tables.items():

@@ -484,18 +484,24 @@ class NoDriver:
 
         monkeypatch.setattr(jit.JITFunction, "run", run)
         monkeypatch.setattr(kernels, "_compiled", set())
+        monkeypatch.setattr(kernels, "current_stream", lambda device: 7)
         for name in ("moments", "combine", "normalize", "sums", "reduce", "gradient",
                      "forward_groups", "backward_groups"):  # fmt: skip
-            monkeypatch.setattr(getattr(kernels, f"_{name}"), "compiled", {})
+            for kept in ("compiled", "loaded"):
+                monkeypatch.setattr(getattr(kernels, f"_{name}"), kept, {})
 
 
 class Launcher(NamedTuple):
     launched: list
     name: str
+    function: int = 1
+    packed_metadata: tuple = ()
 
-    def __getitem__(self, grid):
+    def run(self, *args):
+        *grid, stream, function, metadata = args[:6]
         assert all(size > 0 for size in grid)
-        return lambda *args: self.launched.append(self.name)
+        assert (stream, function, metadata) == (7, 1, ())
+        self.launched.append(self.name)
 
 
 def step(shape, groups, dtype=torch.float32, layout=torch.contiguous_format, residual=False):
@@ -550,6 +556,34 @@ def test_launches(layout, shape, groups, forward, backward, monkeypatch):
     first = {"_moments", "_combine", "_normalize", "_forward_groups"}
     assert sum(name in first for name in driver.launched) == forward
     assert len(driver.launched) == forward + backward
+
+
+@in_pytorch
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_a_kept_kernel_is_launched_as_by_triton(monkeypatch):
+    """The driver gets the same from this package as from Triton's own launch, but for its hooks."""
+    import triton
+
+    from gn_practical.layers import weight_standardization_kernels as kernels
+
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    from host_time import NoDevice
+
+    launched = []
+    launch = lambda driver, *args: launched.append((args[:6], args[9], args[13:]))  # noqa: E731
+    monkeypatch.setattr(NoDevice, "launch", launch)
+    for kept in ("compiled", "loaded"):
+        monkeypatch.setattr(kernels._standardize, kept, {})
+    name = "_active" if hasattr(triton.runtime.driver, "_active") else "active"  # before 3.4
+    monkeypatch.setattr(triton.runtime.driver, name, NoDevice())
+    weight = torch.randn(4, 3, 3, 3)
+    y, stats = kernels.forward(weight, 1e-5)
+    kernels.forward(weight, 1e-5)
+    kernels._standardize.jit[(4, 1, 1)](weight, y, stats, 1e-5, 27, BLOCK=32)
+    ours, again, tritons = launched
+    assert ours[0] == again[0] == tritons[0]  # grid, stream, function, its properties
+    assert ours[1] is again[1] is tritons[1] is weight
+    assert ours[2] == again[2] == tritons[2] == (27, 32)
 
 
 @in_pytorch

@@ -88,8 +88,11 @@ def _kernels_take(
         return False
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         return False
-    parameters = [t for t in (weight, bias) if t is not None]
-    return all(t.shape == x.shape[1:2] and t.device == x.device for t in parameters)
+    channels, device = x.shape[1:2], x.device
+    for parameter in (weight, bias):  # not all(): a generator costs more than what it asks
+        if parameter is not None and (parameter.shape != channels or parameter.device != device):
+            return False
+    return True
 
 
 def _has_groups(x: Tensor, num_groups: int) -> bool:

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gn_practical.layers.backends import INTERPRETED, memory_format
-from gn_practical.layers.kernel import Constants, Cut, Kernel, dense
+from gn_practical.layers.kernel import Constants, Cut, Kernel, current_stream, dense
 
 TILE = 4096  # values a program holds in registers: 32 for each of 128 threads
 ROW_TILES = (4096, 512, 64)  # pixels of a tile of contiguous rows, for long and short ones
@@ -495,21 +495,25 @@ _compiled: set[tuple] = set()
 
 
 def _prepare(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, flags: Constants, backward: bool
-) -> tuple[Plan, tuple, tuple[bool, ...]]:
-    """Return the plan, the key of the kernels, and whether to run whole groups.
+    x: Tensor,
+    layout: torch.memory_format,
+    key: tuple,
+    num_groups: int,
+    flags: Constants,
+    backward: bool,
+) -> tuple[Plan, tuple[bool, ...]]:
+    """Return the plan, and whether to run whole groups.
 
     At first both ways are run, so that other image sizes compile nothing.
     """
-    last = memory_format(x) is not torch.contiguous_format
+    last = layout is not torch.contiguous_format
     plan = _plan(x.shape, x.element_size(), last, num_groups)
-    key = (x.dtype, weight.dtype, bias.dtype, x.get_device())
     small = plan.small[backward]
     first = (key, flags, backward, plan.rows.tiles[0], plan.groups.tiles[0])
     if first in _compiled or INTERPRETED:
-        return plan, key, (small,)
+        return plan, (small,)
     _compiled.add(first)
-    return plan, key, (not small, small)
+    return plan, (not small, small)
 
 
 def forward(
@@ -529,19 +533,22 @@ def forward(
     x, weight, bias = dense(x, layout), dense(weight), dense(bias)
     residual = None if residual is None else dense(residual, layout)
     flags = (relu, residual is not None)
-    plan, key, ways = _prepare(x, weight, bias, stats.shape[2], flags, backward=False)
+    device = x.get_device()
+    key = (x.dtype, weight.dtype, bias.dtype, device)
+    plan, ways = _prepare(x, layout, key, stats.shape[2], flags, False)
     y = torch.empty_like(x)
     tensors = (x, residual, y, stats, weight, bias)
     with torch.cuda.device_of(x):
+        stream = current_stream(device)
         for small in ways:
             if small and eps is not None:
-                _forward_groups(plan.groups, (*tensors, eps), key, flags)
+                _forward_groups(plan.groups, (*tensors, eps), key, stream, flags)
                 continue
             if eps is not None:
                 moments = stats.new_empty(plan.buffer)
-                _moments(plan.rows, (x, moments), key)
-                _combine(plan.combine, (moments, stats, eps), key)
-            _normalize(plan.rows, tensors, key, flags)
+                _moments(plan.rows, (x, moments), key, stream)
+                _combine(plan.combine, (moments, stats, eps), key, stream)
+            _normalize(plan.rows, tensors, key, stream, flags)
     return y
 
 
@@ -556,19 +563,22 @@ def backward(
     dy, x, weight, bias = dense(dy, layout), dense(x, layout), dense(weight), dense(bias)
     y, stats = None if y is None else dense(y, layout), dense(stats)
     flags = (relu, y is not None)
-    plan, key, ways = _prepare(x, weight, bias, stats.shape[2], flags, backward=True)
+    device = x.get_device()
+    key = (x.dtype, weight.dtype, bias.dtype, device)
+    plan, ways = _prepare(x, layout, key, stats.shape[2], flags, True)
     dz = None if y is None else torch.empty_like(x)
     dx, *grads = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
     parameters = (stats, weight, bias)
     with torch.cuda.device_of(x):
+        stream = current_stream(device)
         for small in ways:
             if small:
                 tensors = (dy, x, y, dz, dx, *grads, *parameters)
-                _backward_groups(plan.groups_backward, tensors, key, flags)
+                _backward_groups(plan.groups_backward, tensors, key, stream, flags)
                 continue
             sums, means = stats.new_empty(plan.buffer), torch.empty_like(stats)
-            _sums(plan.rows, (dy, x, y, dz, sums, *parameters), key, flags)
-            _reduce(plan.reduce, (sums, means, *grads, weight), key)
+            _sums(plan.rows, (dy, x, y, dz, sums, *parameters), key, stream, flags)
+            _reduce(plan.reduce, (sums, means, *grads, weight), key, stream)
             tensors = (dy if y is None else dz, x, dx, means, *parameters)
-            _gradient(plan.rows, tensors, key, (relu and y is None,))
+            _gradient(plan.rows, tensors, key, stream, (relu and y is None,))
     return [dx, *grads] if dz is None else [dx, *grads, dz]

@@ -27,7 +27,8 @@ class Kernel:
 
     Triton's own launch looks at each argument to find the compiled form, at several times the cost.
     What it would see must follow from the key: the types of the arguments, and that the addresses
-    of tensors are multiples of 16 bytes. Numbers are not specialized.
+    of tensors are multiples of 16 bytes. Numbers are not specialized. Nor are Triton's hooks around
+    a launch called, which its profiler sets; those of CUDA see these launches as any other.
 
     Args:
         function: takes pointers, whose names end with ``_ptr``, numbers, and annotated constants.
@@ -40,23 +41,39 @@ class Kernel:
         numbers = [p.name for p in plain if not p.name.endswith("_ptr")]
         self.jit = triton.jit(do_not_specialize=numbers)(function)
         self.compiled: dict[tuple, Any] = {}
+        self.loaded: dict[tuple, tuple] = {}  # what launches a form: a function and what it takes
 
-    def __call__(self, cut: Cut, args: tuple, key: tuple, flags: Constants = ()) -> None:
+    def __call__(
+        self, cut: Cut, args: tuple, key: tuple, stream: int, flags: Constants = ()
+    ) -> None:
         """Launch with ``args``, the numbers of ``cut``, ``flags``, and the constants of ``cut``.
 
-        ``key`` is made of the types of ``args`` and the device.
+        ``key`` is made of the types of ``args`` and the device, ``stream`` is its current one.
         """
-        args = (*args, *cut.numbers, *flags)
         if INTERPRETED:
-            self.jit[cut.grid](*args, *cut.tile)
+            self.jit[cut.grid](*args, *cut.numbers, *flags, *cut.tile)
             return
-        compiled = self.compiled.get((key, flags, cut.tile))
-        if compiled is None:
+        loaded = self.loaded.get((key, flags, cut.tile))
+        if loaded is None:
+            loaded = self._load(cut, (*args, *cut.numbers, *flags), key, flags)
+        run, function, metadata = loaded
+        hooks = (None, None, None)
+        run(*cut.grid, stream, function, metadata, *hooks, *args, *cut.numbers, *flags, *cut.tile)
+
+    def _load(self, cut: Cut, args: tuple, key: tuple, flags: Constants) -> tuple:
+        """Load the form of a tile onto the device, compiled with those of all tiles of ``cut``."""
+        wanted = (key, flags, cut.tile)
+        if wanted not in self.compiled:
             for tile in cut.tiles:
-                form = self.jit.warmup(*args, *tile, grid=cut.grid)
-                self.compiled[key, flags, tile] = form
-            compiled = self.compiled[key, flags, cut.tile]
-        compiled[cut.grid](*args, *cut.tile)
+                self.compiled[key, flags, tile] = self.jit.warmup(*args, *tile, grid=cut.grid)
+        form = self.compiled[wanted]
+        self.loaded[wanted] = form.run, form.function, form.packed_metadata  # ``run`` loads it
+        return self.loaded[wanted]
+
+
+def current_stream(device: int) -> int:
+    """Return the stream of a device on which PyTorch computes now; 0 in the interpreter."""
+    return 0 if INTERPRETED else triton.runtime.driver.active.get_current_stream(device)
 
 
 def dense(x: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:

@@ -44,7 +44,7 @@ def standardize_weight(weight: Tensor, eps: float = EPS) -> Tensor:
     """
     if torch.jit.is_scripting():
         return _compose(weight, eps)
-    fan_in = weight[0].numel()
+    fan_in = weight.shape[1:].numel()
     if fan_in < 2:
         raise ValueError(
             "Weight standardization needs filters of at least two numbers, got fan_in="

@@ -6,12 +6,14 @@ Sums are in float32 and of deviations from the mean.
 
 # ruff: noqa: ANN001, ANN202 -- Triton reads annotations of kernels as constexpr or nothing.
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gn_practical.layers.kernel import Cut, Kernel, dense
+from gn_practical.layers.kernel import Cut, Kernel, current_stream, dense
 
 MAX_BLOCK = 2048
 
@@ -84,8 +86,13 @@ def backward(dy: Tensor, weight: Tensor, stats: Tensor, eps: float) -> Tensor:
 
 
 def _launch(kernel: Kernel, weight: Tensor, tensors: tuple[Tensor, ...], eps: float) -> None:
-    size = weight.numel() // len(weight)
-    tile = (min(triton.next_power_of_2(size), MAX_BLOCK),)
+    cut, device = _cut(weight.shape), weight.get_device()
     with torch.cuda.device_of(weight):
-        cut = Cut((len(weight), 1, 1), (size,), tile, (tile,))
-        kernel(cut, (*tensors, eps), (weight.dtype, weight.get_device()))
+        kernel(cut, (*tensors, eps), (weight.dtype, device), current_stream(device))
+
+
+@lru_cache(2**12)
+def _cut(shape: torch.Size) -> Cut:
+    size = shape[1:].numel()
+    tile = (min(triton.next_power_of_2(size), MAX_BLOCK),)
+    return Cut((shape[0], 1, 1), (size,), tile, (tile,))

@@ -8,7 +8,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from torch import nn
 
-from gn_practical.inference.export.group_norm import PLAIN
+from gn_practical.inference.export.group_norm import FAST
 from gn_practical.inference.export.network import detector_outputs
 from gn_practical.weights.describe import describe, describe_config
 from gn_practical.weights.description import Description
@@ -30,7 +30,7 @@ class Contents:
         inside: what the graph does to the picture.
         thresholds: those that are inside ("score", "nms", "detections", all that a box must pass)
             and those of the steps after it ("mask", "overlap", "stuff_area", "instance_score").
-        group_norm: "plain" operators or "onnx".
+        group_norm: "fast", "plain" or "onnx".
         standardized: how many convolutions had weight standardization, which is folded.
         description: of the model, as its checkpoints have it.
         versions: {package: version} of what exported it.
@@ -89,7 +89,7 @@ def contents_of(
     model: nn.Module,
     cfg: CfgNode,
     stored: Description,
-    group_norm: str = PLAIN,
+    group_norm: str = FAST,
     backbone_only: bool = False,
 ) -> Contents:
     """Describe what is exported.
@@ -98,7 +98,7 @@ def contents_of(
         model: as it was trained, nothing folded.
         cfg: its config.
         stored: what its checkpoint says, for what neither model nor config know, as class names.
-        group_norm: "plain" or "onnx".
+        group_norm: "fast", "plain" or "onnx".
         backbone_only: whether no more than backbone and neck are exported.
     """
     described = describe(model, describe_config(cfg))

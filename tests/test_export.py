@@ -109,7 +109,9 @@ TWO = ([[1.0, 2, 30, 40], [5.0, 5, 20, 20]], [0.9, 0.6], [3, 1])
 def test_detections_are_the_same_in_any_order():
     boxes, scores, classes = (each[::-1] for each in TWO)
     found = agreement(prediction(*TWO), prediction(boxes, scores, classes), THRESHOLDS)
-    assert found.holds and found.detections == 2 and found.box == 0
+    assert found.holds
+    assert found.detections == 2
+    assert found.box == 0
 
 
 @pytest.mark.parametrize(
@@ -138,6 +140,16 @@ def test_a_detection_at_the_threshold_may_be_missing_and_no_other():
         assert agreement(one, both, THRESHOLDS).holds is holds
 
 
+def test_rounding_is_that_of_float32_itself():
+    exact = prediction([[1.0, 2, 30, 40]], [0.9], [3])
+    for ours, theirs, holds in ((0.002, -0.003, True), (0.002, -0.005, False), (0.0, 0.004, False)):
+        first, second = (prediction([[1.0, 2, 30, 40 + d]], [0.9], [3]) for d in (ours, theirs))
+        found = agreement(first, second, THRESHOLDS)
+        assert not found.holds
+        both = (agreement(exact, each, THRESHOLDS) for each in (first, second))
+        assert found.beside(*both).holds is holds
+
+
 def test_where_nothing_is_found_nothing_differs():
     empty = prediction([], [], [])
     assert agreement(empty, empty, THRESHOLDS).holds
@@ -150,7 +162,8 @@ def test_a_mask_of_other_pixels_is_seen():
         each["instances"].pred_masks = torch.zeros(2, 50, 50, dtype=torch.bool)
     second["instances"].pred_masks[1, :3, 0] = True
     found = agreement(first, second, THRESHOLDS)
-    assert found.masks == pytest.approx(1 - 3 / 2500) and not found.holds
+    assert found.masks == pytest.approx(1 - 3 / 2500)
+    assert not found.holds
 
 
 def test_a_segment_of_another_class_is_another_segment():
@@ -189,7 +202,7 @@ def test_contents_come_back_from_texts_and_json():
 def test_files_that_cannot_be_run_are_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"must end in \.onnx or \.ts, got .*model\.pt2"):
         ExportedModel(tmp_path / "model.pt2")
-    with pytest.raises(ValueError, match="must be a file, got .*none.onnx"):
+    with pytest.raises(ValueError, match=r"must be a file, got .*none\.onnx"):
         ExportedModel(tmp_path / "none.onnx")
     for name in ("broken.onnx", "broken.ts"):
         (tmp_path / name).write_bytes(b"not a model")
@@ -205,7 +218,9 @@ def test_files_of_other_programs_are_one_line(tmp_path):
     node = onnx.helper.make_node("Relu", ["x"], ["y"])
     opsets = [onnx.helper.make_opsetid("", 18)]
     graph = onnx.helper.make_graph([node], "g", [value], [out])
-    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "o.onnx")
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "o.onnx"
+    )
     for name in ("other.ts", "o.onnx"):
         with pytest.raises(ValueError, match=f"{name} without architecture, .*export_model.py"):
             ExportedModel(tmp_path / name)

@@ -150,15 +150,21 @@ def check_whole(model: "nn.Module", path: str, cfg: "CfgNode", args: argparse.Na
     """Run the file beside the model, and print what differs and both times."""
     import torch
 
-    from gn_practical.inference.export.check import check, inputs_of, ratio, table
+    from gn_practical.inference.export.check import (
+        check,
+        inputs_of,
+        ratio,
+        roundings,
+        table,
+    )
     from gn_practical.inference.exported import ExportedModel
 
     inputs = inputs_of(read_pictures(args, cfg), cfg)
     checks = list(check(model, ExportedModel(path), inputs))
     print(table(checks, args.format))
-    for each in checks:
-        for line in each.agreement.alone:
-            print(f"  {each.size[1]} x {each.size[0]}: {line}")
+    alone = [f"{c.size[1]} x {c.size[0]}: {each}" for c in checks for each in c.agreement.alone]
+    for line in (*alone, *roundings(checks)):
+        print(f"  {line}")
     threads = torch.get_num_threads()
     print(f"{args.format} takes {ratio(checks):.2f} of PyTorch's time, {threads} threads each.")
     if not any(each.agreement.detections for each in checks):

@@ -14,6 +14,7 @@ from tabulate import tabulate
 from torch import nn
 
 from gn_practical.inference.export.agreement import Agreement, agreement
+from gn_practical.inference.export.exact import predict_in_float64
 from gn_practical.inference.export.network import Backbone, example_image, largest_stride
 from gn_practical.inference.exported import ExportedModel
 
@@ -72,7 +73,12 @@ def check(
                 results[k], seconds = _timed(run, each)
                 if repeat:  # the first run chooses algorithms and takes memory
                     times[k].append(seconds)
-        compared = agreement(*(result[0] for result in results), exported.thresholds)
+        ours, theirs = (result[0] for result in results)
+        compared = agreement(ours, theirs, exported.thresholds)
+        if not compared.is_close:
+            exact = predict_in_float64(model, each)
+            distances = (agreement(exact, found, exported.thresholds) for found in (ours, theirs))
+            compared = compared.beside(*distances)
         medians = (statistics.median(times[0]), statistics.median(times[1]))
         yield Check(tuple(each["image"].shape[1:]), compared, medians)
 
@@ -100,6 +106,17 @@ def table(checks: Sequence[Check], name: str) -> str:
     headers = ("size", "found", "boxes, px", "scores", "masks, %", "panoptic, %")
     times = ("PyTorch, ms", f"{name}, ms", "agrees")
     return tabulate(rows, headers=(*headers, *times), disable_numparse=True)
+
+
+def roundings(checks: Sequence[Check]) -> list[str]:
+    """Say, of each picture that needed it, how far both models are from float64."""
+    return [
+        f"{each.size[1]} x {each.size[0]}: boxes are {box[0]:.1e} px (PyTorch) and {box[1]:.1e} px "
+        f"(the export) from those in float64, scores {score[0]:.1e} and {score[1]:.1e}"
+        for each in checks
+        if each.agreement.rounding is not None
+        for box, score in [each.agreement.rounding]
+    ]
 
 
 def ratio(checks: Sequence[Check]) -> float:

@@ -103,6 +103,8 @@ def contents_of(
     """
     described = describe(model, describe_config(cfg))
     known = {k: getattr(stored, k) for k, each in vars(described).items() if each is None}
+    # Not those of a data set that has the same name on this machine.
+    known |= {k: v for k, v in vars(stored).items() if k.startswith("class_") and v is not None}
     divisor = model.backbone.size_divisibility
     return Contents(
         architecture=type(model).__name__,

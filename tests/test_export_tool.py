@@ -44,7 +44,7 @@ def test_the_operator_group_normalization_stands_for_norms_of_the_picture(panopt
     norms = [each for each in model.modules() if isinstance(each, nn.GroupNorm)]
     of_parts = [each for each in model.roi_heads.modules() if isinstance(each, nn.GroupNorm)]
     nodes = [node for node in graph.graph.node if node.op_type == "GroupNormalization"]
-    assert len(nodes) >= len(norms) - len(of_parts) > 60  # a shared one runs several times
+    assert len(nodes) >= len(norms) - len(of_parts) > 30  # a shared one runs several times
     assert {node.domain for node in graph.graph.node} == {""}
     assert [(each.domain, each.version) for each in graph.opset_import] == [("", 21)]
     assert_same(model, file, {"image": picture(60, 100)})
@@ -69,6 +69,7 @@ def test_torch_export_takes_the_backbone(panoptic, tmp_path):
 def test_what_cannot_be_exported_is_said_at_once(panoptic):
     model, cfg = panoptic
     other = cfg.clone()
+    other.defrost()
     other.MODEL.META_ARCHITECTURE = "SemanticSegmentor"
     with pytest.raises(ValueError, match=r"got MODEL\.META_ARCHITECTURE=SemanticSegmentor"):
         contents_of(build_other_model(other), other, STORED)
@@ -84,7 +85,7 @@ def test_float64_tells_whose_rounding_it_is(panoptic):
     exact = predict_in_float64(model, given)["instances"]
     with torch.no_grad():
         found = model([given])[0]["instances"]
-    assert exact.pred_boxes.tensor.dtype == torch.float64
+    assert exact.scores.dtype == torch.float64
     assert 0 < (exact.scores - found.scores).abs().max() < 1e-5
     assert next(model.parameters()).dtype == torch.float32
 
@@ -140,7 +141,7 @@ def test_the_tool_writes_checks_and_says_both_times(checkpoint, tool, tmp_path):
 def test_an_export_that_computes_something_else_gets_no_good_name(
     checkpoint, tool, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("gn_practical.inference.export.agreement.BOX_TOLERANCE", -1.0)
+    monkeypatch.setattr("gn_practical.inference.export.agreement.LEAST_EQUAL", 1.1)
     words = ["--weights", checkpoint, "--output", tmp_path, "--format", "torchscript"]
     code, out, error = tool(*words)
     assert code == 1

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Before PyTorch is loaded: threads that wait long for each other stall where a core is taken.
 os.environ.setdefault("GOMP_SPINCOUNT", "50000")
@@ -146,20 +146,20 @@ def write(
     print(f"{args.format}, {size:.1f} MB: {', '.join(contents.outputs)}", flush=True)
 
 
-def check_whole(model: "nn.Module", path: str, cfg: "CfgNode", args: argparse.Namespace) -> bool:
+def check_whole(
+    model: "nn.Module", path: str, inputs: "list[dict[str, Any]]", args: argparse.Namespace
+) -> bool:
     """Run the file beside the model, and print what differs and both times."""
     import torch
 
     from gn_practical.inference.export.check import (
         check,
-        inputs_of,
         ratio,
         roundings,
         table,
     )
     from gn_practical.inference.exported import ExportedModel
 
-    inputs = inputs_of(read_pictures(args, cfg), cfg)
     checks = list(check(model, ExportedModel(path), inputs))
     print(table(checks, args.format))
     alone = [f"{c.size[1]} x {c.size[0]}: {each}" for c in checks for each in c.agreement.alone]
@@ -183,6 +183,7 @@ def check_part(model: "nn.Module", path: str) -> bool:
 
 def export(args: argparse.Namespace) -> int:
     """Write and check; the file takes its name when it is known to be right."""
+    from gn_practical.inference.export.check import inputs_of
     from gn_practical.inference.export.contents import contents_of
     from gn_practical.inference.export.formats import FORMATS
     from gn_practical.weights import load_description
@@ -192,6 +193,7 @@ def export(args: argparse.Namespace) -> int:
     if os.path.exists(final) and not args.force:
         raise ValueError(f"--output must be without {final}. Choose another, or add --force.")
     cfg = read_config(args)
+    inputs = list(inputs_of(read_pictures(args, cfg), cfg))
     model = read_model(args, cfg)
     stored = load_description(args.weights)
     contents = contents_of(model, cfg, stored, args.group_norm, backbone_only=bool(to.limit))
@@ -200,7 +202,7 @@ def export(args: argparse.Namespace) -> int:
         path = os.path.join(folder, os.path.basename(final))
         write(model, contents, to, path, args)
         same = args.no_check or (
-            check_part(model, path) if to.limit else check_whole(model, path, cfg, args)
+            check_part(model, path) if to.limit else check_whole(model, path, inputs, args)
         )
         os.replace(path, final if same else f"{final}.failed")
     if not same:

@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 def predict_in_float64(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     """Return what a model predicts for a picture with all its numbers in float64.
 
+    But for boxes, which are of float32 in Detectron2, the proposals of the second stage as well.
+
     Args:
         model: a detector in evaluation mode; it stays as it is.
         given: as the model takes it.

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("GOMP_SPINCOUNT", "50000")
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy as np
     from detectron2.config import CfgNode
     from torch import nn
@@ -92,6 +94,7 @@ def read_config(args: argparse.Namespace) -> "CfgNode":
     else:
         cfg = config_from_checkpoint(args.weights)
         cfg.merge_from_list(args.opts)
+    cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
     return cfg
 
@@ -181,6 +184,18 @@ def check_part(model: "nn.Module", path: str) -> bool:
     return largest <= LARGEST_DIFFERENCE
 
 
+@contextlib.contextmanager
+def unchecked_folder(args: argparse.Namespace) -> "Iterator[str]":
+    """Make the folder of the output, and one in it for what has not been checked."""
+    try:
+        os.makedirs(args.output, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=args.output, prefix=".unchecked_")
+    except OSError as error:
+        raise ValueError(f"--output must be a folder to write to, got {error}.") from error
+    with folder as path:
+        yield path
+
+
 def export(args: argparse.Namespace) -> int:
     """Write and check; the file takes its name when it is known to be right."""
     from gn_practical.inference.export.check import inputs_of
@@ -192,19 +207,23 @@ def export(args: argparse.Namespace) -> int:
     final = os.path.join(args.output, f"model{to.suffix}")
     if os.path.exists(final) and not args.force:
         raise ValueError(f"--output must be without {final}. Choose another, or add --force.")
-    cfg = read_config(args)
-    inputs = list(inputs_of(read_pictures(args, cfg), cfg))
-    model = read_model(args, cfg)
-    stored = load_description(args.weights)
-    contents = contents_of(model, cfg, stored, args.group_norm, backbone_only=bool(to.limit))
-    os.makedirs(args.output, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.output, prefix=".unchecked_") as folder:
+    with unchecked_folder(args) as folder:
+        cfg = read_config(args)
+        inputs = list(inputs_of(read_pictures(args, cfg), cfg))
+        model = read_model(args, cfg)
+        stored = load_description(args.weights)
+        contents = contents_of(model, cfg, stored, args.group_norm, backbone_only=bool(to.limit))
         path = os.path.join(folder, os.path.basename(final))
         write(model, contents, to, path, args)
         same = args.no_check or (
             check_part(model, path) if to.limit else check_whole(model, path, inputs, args)
         )
         os.replace(path, final if same else f"{final}.failed")
+    return report(args, to, final, same)
+
+
+def report(args: argparse.Namespace, to: "Format", final: str, same: bool) -> int:
+    """Say what there is now; return the exit code."""
     if not same:
         print(f"error: the export must compute the same, got {final}.failed.", file=sys.stderr)
         return 1
@@ -224,7 +243,7 @@ def main() -> int:
         try:
             return export(args)
         except OSError as error:
-            raise ValueError(f"--output must be a folder to write to, got {error}.") from error
+            raise ValueError(f"files must be there and have room, got {error}.") from error
         except KeyboardInterrupt:
             return 130
     return 1

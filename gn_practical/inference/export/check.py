@@ -19,7 +19,6 @@ from gn_practical.inference.export.network import Backbone, example_image, large
 from gn_practical.inference.exported import ExportedModel
 
 SCALES = (1.0, 0.75, 1.25)  # of the size at test time
-_REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,10 @@ def inputs_of(pictures: Sequence[np.ndarray], cfg: CfgNode) -> Iterator[dict[str
 
 
 def check(
-    model: nn.Module, exported: ExportedModel, inputs: Iterable[dict[str, Any]]
+    model: nn.Module,
+    exported: ExportedModel,
+    inputs: Iterable[dict[str, Any]],
+    repeats: int = 3,
 ) -> Iterator[Check]:
     """Run both models in turn on each picture, with the same number of threads.
 
@@ -64,14 +66,15 @@ def check(
         model: as it was trained, in evaluation mode.
         exported: made of it.
         inputs: as :func:`inputs_of` yields them.
+        repeats: how often each runs, after the first run, which chooses algorithms.
     """
     for each in inputs:
         results: list[Any] = [None, None]
         times: tuple[list[float], list[float]] = ([], [])
-        for repeat in range(_REPEATS + 1):
+        for repeat in range(repeats + 1):
             for k, run in enumerate((model, exported)):
                 results[k], seconds = _timed(run, each)
-                if repeat:  # the first run chooses algorithms and takes memory
+                if repeat:
                     times[k].append(seconds)
         ours, theirs = (result[0] for result in results)
         compared = agreement(ours, theirs, exported.thresholds)

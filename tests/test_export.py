@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from detectron2.layers import Conv2d
 from detectron2.structures import Boxes, Instances
 from torch import nn
@@ -15,6 +16,11 @@ from gn_practical.inference.export.contents import Contents
 from gn_practical.inference.export.formats import check_opset
 from gn_practical.inference.export.group_norm import GroupNormAs
 from gn_practical.inference.export.standardization import fold_standardization
+from gn_practical.inference.export.suppression import (
+    by_class_in_onnx,
+    by_class_in_torchscript,
+    suppressing_by,
+)
 from gn_practical.inference.exported import ExportedModel
 from gn_practical.modeling.fusion import fuse_norms
 from gn_practical.weights import Description
@@ -66,6 +72,53 @@ def test_other_group_norms_stay():
     with GroupNormAs("fast", nn.Identity()):
         found = norm(x)
     torch.testing.assert_close(found, norm(x))
+
+
+# Non-maximum suppression -----------------------------------------------------------------------
+
+
+class Suppressed(nn.Module):
+    """Looks the function up as Detectron2 does."""
+
+    def forward(self, boxes, scores, classes):
+        return torchvision.ops.boxes.batched_nms(boxes, scores, classes, 0.5)
+
+
+def crowd(seed):
+    """1000 boxes of 80 classes, in clusters: many pairs overlap by about a half."""
+    torch.manual_seed(seed)
+    cluster = torch.randint(0, 60, (1000,))
+    center = (1300 * torch.rand(60, 2))[cluster] + 4 * torch.randn(1000, 2)
+    size = (80 * torch.rand(60, 2) + 8)[cluster] * (1 + 0.2 * torch.randn(1000, 2)).clamp(0.5, 1.5)
+    return torch.cat([center - size / 2, center + size / 2], 1), torch.rand(1000), cluster % 80
+
+
+def test_suppression_in_graphs_keeps_what_pytorch_keeps(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    original = torchvision.ops.boxes.batched_nms
+    names = ["boxes", "scores", "classes"]
+    axes = {name: {0: "n"} for name in names}
+    path, model = str(tmp_path / "nms.onnx"), Suppressed()
+    with suppressing_by(by_class_in_onnx):
+        options = {"input_names": names, "dynamic_axes": axes, "opset_version": 18}
+        torch.onnx.export(model, crowd(99), path, dynamo=False, **options)
+    with suppressing_by(by_class_in_torchscript):
+        traced = torch.jit.trace(model, crowd(99))
+    assert torchvision.ops.boxes.batched_nms is original
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    aside = 0
+    for seed in range(60):
+        given = crowd(seed)
+        expected = model(*given)  # 4000 numbers: torchvision takes all at once, up to there
+        (found,) = session.run(None, dict(zip(names, map(torch.Tensor.numpy, given), strict=True)))
+        exact = by_class_in_torchscript(*given, 0.5)
+        assert torch.equal(torch.from_numpy(found), exact)
+        assert torch.equal(traced(*given), exact)
+        aside += not torch.equal(expected, exact)
+    assert aside > 0  # else these boxes show nothing
+    for run in (lambda *x: session.run(None, dict(zip(names, x, strict=True)))[0],):
+        empty = (torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+        assert len(run(*(each.numpy() for each in empty))) == len(traced(*empty)) == 0
 
 
 # Weight standardization ----------------------------------------------------------------------

@@ -18,6 +18,11 @@ from gn_practical.inference.export.network import (
     largest_stride,
     traceable,
 )
+from gn_practical.inference.export.suppression import (
+    by_class_in_onnx,
+    by_class_in_torchscript,
+    suppressing_by,
+)
 
 OPSET = 18  # the first with GroupNormalization
 _LAST_TRACED = 20  # of PyTorch's exporter; later ones are converted
@@ -67,7 +72,8 @@ def write_onnx(model: nn.Module, contents: Contents, path: Path, opset: int = OP
     check_opset(opset)
     onnx = _import_onnx()
     image = example_image(model)
-    with _quiet(), GroupNormAs(contents.group_norm, model):
+    norms, suppression = GroupNormAs(contents.group_norm, model), suppressing_by(by_class_in_onnx)
+    with _quiet(), norms, suppression:
         torch.onnx.export(
             traceable(model, image),
             (image,),
@@ -98,7 +104,7 @@ def write_torchscript(model: nn.Module, contents: Contents, path: Path, opset: i
         opset: not used.
     """
     image = example_image(model)
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), suppressing_by(by_class_in_torchscript):
         traced = torch.jit.trace(traceable(model, image), (image,), check_trace=False)
         torch.jit.save(traced, str(path), _extra_files={FILE: contents.to_json()})
 

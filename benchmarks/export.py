@@ -98,7 +98,7 @@ def measure(name: str, args: argparse.Namespace) -> None:
         checks = list(check(model, ExportedModel(path), inputs, args.repeats))
     rows = [
         (
-            name,
+            Path(name).parent.name if trained else name,
             f"{each.size[1]} x {each.size[0]}",
             found.detections,
             f"{found.box:.1e}",

@@ -23,6 +23,8 @@ SHORT = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.STEM_OUT_CHANNELS", 64]
 SHORT += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.FPN.OUT_CHANNELS", 8]
 SHORT += ["INPUT.MIN_SIZE_TEST", 64, "MODEL.SEM_SEG_HEAD.CONVS_DIM", 8]
 PROPOSALS = ["MODEL.RPN.PRE_NMS_TOPK_TEST", 50, "MODEL.RPN.POST_NMS_TOPK_TEST", 20]
+# Group norms are in the others: each of them takes as long to export as ten other layers.
+FROZEN = ["MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "", "MODEL.WS.ENABLED", "False"]
 RETINANET = {
     "MODEL.META_ARCHITECTURE": "RetinaNet",
     "MODEL.MASK_ON": False,
@@ -35,8 +37,8 @@ RETINANET = {
 }
 FAMILIES = {
     "Faster R-CNN": ("faster_rcnn.yaml", ["MODEL.ROI_BOX_HEAD.NUM_CONV", 1]),
-    "Mask R-CNN": ("tiny.yaml", ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]),
-    "RetinaNet": ("tiny.yaml", [word for pair in RETINANET.items() for word in pair]),
+    "Mask R-CNN": ("tiny.yaml", [*FROZEN, "MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]),
+    "RetinaNet": ("tiny.yaml", [*FROZEN, *(word for pair in RETINANET.items() for word in pair)]),
     "panoptic FPN": ("tiny.yaml", []),
 }
 

@@ -30,7 +30,7 @@ def test_onnx_finds_what_the_model_finds_in_any_size(exported):
 
 
 def test_onnx_finds_nothing_where_the_model_finds_nothing(tmp_path):
-    cfg = config("panoptic FPN")
+    cfg = config("Mask R-CNN")
     model = decided(cfg)
     predictor = model.roi_heads.box_predictor.cls_score
     nn.init.zeros_(predictor.weight)

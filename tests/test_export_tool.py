@@ -15,9 +15,8 @@ from exported_models import STORED, assert_same, config, decided, picture, writt
 from PIL import Image
 from torch import nn
 
-from gn_practical.inference.export import formats
-from gn_practical.inference.export.check import check_backbone, inputs_of
-from gn_practical.inference.export.contents import contents_of
+from gn_practical.inference.export.check import inputs_of
+from gn_practical.inference.export.contents import Contents, contents_of
 from gn_practical.inference.export.exact import predict_in_float64
 from gn_practical.inference.exported import ExportedModel
 from gn_practical.training.checkpoint import GroupsCheckpointer
@@ -58,14 +57,6 @@ def test_torchscript_finds_what_the_model_finds(panoptic, tmp_path):
         assert_same(model, file, {"image": picture(*size)})
 
 
-def test_torch_export_takes_the_backbone(panoptic, tmp_path):
-    model, cfg = panoptic
-    contents = contents_of(model, cfg, STORED, backbone_only=True)
-    assert contents.outputs == ["p2", "p3", "p4", "p5", "p6"]
-    formats.write_torch_export(model, contents, tmp_path / "model.pt2")
-    assert check_backbone(model, tmp_path / "model.pt2") < 1e-5
-
-
 def test_what_cannot_be_exported_is_said_at_once(panoptic):
     model, cfg = panoptic
     other = cfg.clone()
@@ -102,8 +93,9 @@ def test_pictures_are_checked_in_three_sizes(panoptic):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(panoptic, tmp_path_factory):
-    model, cfg = panoptic
+def checkpoint(tmp_path_factory):
+    cfg = config("Mask R-CNN")
+    model = decided(cfg)
     folder = tmp_path_factory.mktemp("trained")
     checkpointer = GroupsCheckpointer(model, str(folder), cfg=cfg)
     checkpointer.save("model_final")
@@ -155,6 +147,10 @@ def test_torch_export_says_that_it_is_a_part(checkpoint, tool, tmp_path):
     assert code == 2
     assert "takes the backbone and its neck alone" in error
     assert os.listdir(tmp_path) == ["model.pt2"]
+    files = {"gn_practical.json": ""}
+    torch.export.load(tmp_path / "model.pt2", extra_files=files)
+    contents = Contents.from_json(files["gn_practical.json"], "model.pt2")
+    assert contents.outputs == ["p2", "p3", "p4", "p5", "p6"]
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,10 @@ def test_the_file_says_what_it_takes_and_gives(exported):
     assert json.loads(properties["gn_practical.outputs"]) == file.contents.outputs
 
 
-def test_a_picture_without_pixels_is_one_line(exported):
-    with pytest.raises(ValueError, match=r"image must be a picture .*got shape=\(3, 0, 5\)"):
-        exported[2]([{"image": torch.zeros(3, 0, 5)}])
+def test_what_is_no_picture_is_one_line(exported):
+    for shape in ((3, 0, 5), (1, 40, 40), (1, 3, 40, 40)):
+        with pytest.raises(
+            ValueError, match=r"shape \(3, height, width\), in BGR, got shape="
+        ) as e:
+            exported[2]([{"image": torch.zeros(shape)}])
+        assert str(shape) in str(e.value)

@@ -71,10 +71,11 @@ class ExportedModel:
 
     def detect(self, image: Tensor) -> dict[str, Tensor]:
         """Return what the graph itself finds in a picture, by name, in pixels of that picture."""
-        if image.dim() != 3 or 0 in image.shape:
+        channels = self.contents.input["channels"]
+        if image.dim() != 3 or 0 in image.shape or len(image) != len(channels):
             raise ValueError(
-                "image must be a picture of shape (channels, height, width), got shape="
-                f"{tuple(image.shape)}. Give one picture at a time."
+                f"image must be a picture of shape ({len(channels)}, height, width), in {channels},"
+                f" got shape={tuple(image.shape)}. Give one picture at a time."
             )
         return dict(zip(self.contents.outputs, self._run(image.float().cpu()), strict=True))
 

@@ -169,7 +169,7 @@ def check_whole(
     for line in (*alone, *roundings(checks)):
         print(f"  {line}")
     threads = torch.get_num_threads()
-    print(f"{args.format} takes {ratio(checks):.2f} of PyTorch's time, {threads} threads each.")
+    print(f"{args.format} takes {ratio(checks):.2f} of PyTorch's time (threads: {threads}).")
     if not any(each.agreement.detections for each in checks):
         print("Nothing was found, so boxes were not compared: give pictures with --check.")
     return all(each.agreement.holds for each in checks)

@@ -1,5 +1,6 @@
 """What exports are made of: norms, folding, comparison, and what files say about themselves."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,9 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from gn_practical import WSConv2d
+from gn_practical.inference.export import formats
 from gn_practical.inference.export.agreement import agreement, panoptic_agreement
 from gn_practical.inference.export.contents import Contents
-from gn_practical.inference.export.formats import check_opset
 from gn_practical.inference.export.group_norm import GroupNormAs
 from gn_practical.inference.export.standardization import fold_standardization
 from gn_practical.inference.export.suppression import (
@@ -279,7 +280,20 @@ def test_files_of_other_programs_are_one_line(tmp_path):
             ExportedModel(tmp_path / name)
 
 
+def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
+    (tmp_path / "model.onnx").write_bytes(b"")
+    for name, run in (
+        ("onnxruntime", lambda: ExportedModel(tmp_path / "model.onnx")),
+        ("onnx", lambda: formats.write_onnx(nn.Identity(), CONTENTS, tmp_path / "new.onnx")),
+    ):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(
+            ValueError, match=rf"^{name} must be installed .*gn_practical\[export\]"
+        ):
+            run()
+
+
 def test_opsets_that_cannot_be_written_are_refused():
     for opset in (17, 22):
         with pytest.raises(ValueError, match=f"from 18 to 21, got opset={opset}"):
-            check_opset(opset)
+            formats.check_opset(opset)

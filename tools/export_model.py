@@ -244,10 +244,11 @@ def main() -> int:
             return export(args)
         except OSError as error:
             raise ValueError(f"files must be there and have room, got {error}.") from error
-        except KeyboardInterrupt:
-            return 130
     return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -28,12 +28,12 @@ EXTRAS = {
         "scipy>=1.11",
         "submitit>=1.5",
     ],
+    "export": ["onnx>=1.16", "onnxruntime>=1.20"],  # gn_practical.inference.export, .exported
     "fast": ["faster-coco-eval>=1.6"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     "dev": [
         "build>=1",
         "hypothesis>=6.100",
-        "onnx>=1.16",
         "psutil>=5.9",
         "pytest>=8",
         "pytest-timeout>=2.3",

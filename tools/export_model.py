@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from gn_practical.inference.export.contents import Contents
     from gn_practical.inference.export.formats import Format
+    from gn_practical.weights import Weights
 
 _DESCRIPTION = """\
 Write a detector or panoptic segmenter as one file that takes a picture of any size and gives boxes,
@@ -84,30 +85,17 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def read_config(args: argparse.Namespace) -> "CfgNode":
-    """Return the config of the checkpoint, or of the file that is given."""
-    from gn_practical.training.config import load_cfg
-    from gn_practical.weights import config_from_checkpoint
-
-    if args.config_file:
-        cfg = load_cfg(args.config_file, args.opts)
-    else:
-        cfg = config_from_checkpoint(args.weights)
-        cfg.merge_from_list(args.opts)
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
-    return cfg
-
-
-def read_model(args: argparse.Namespace, cfg: "CfgNode") -> "nn.Module":
+def read_model(args: argparse.Namespace, weights: "Weights", cfg: "CfgNode") -> "nn.Module":
     """Build the model and fill all of it."""
     from gn_practical import build_model
     from gn_practical.inference.export.network import detector_outputs
-    from gn_practical.training.checkpoint import GroupsCheckpointer
+    from gn_practical.inference.models import fill
+    from gn_practical.weights.describe import describe_config
 
     model = build_model(cfg).eval()
     detector_outputs(model)  # refuses what cannot be exported, before minutes are spent
-    GroupsCheckpointer(model, cfg=cfg, evaluation=True).load(args.weights, checkpointables=[])
+    allowed = cfg.TEST.get("ALLOW_DIFFERENCES", False)
+    fill(model, weights, args.weights, describe_config(cfg), allowed)
     return model
 
 
@@ -198,20 +186,22 @@ def unchecked_folder(args: argparse.Namespace) -> "Iterator[str]":
 
 def export(args: argparse.Namespace) -> int:
     """Write and check; the file takes its name when it is known to be right."""
+    from gn_practical.inference.configs import config_for
     from gn_practical.inference.export.check import inputs_of
     from gn_practical.inference.export.contents import contents_of
     from gn_practical.inference.export.formats import FORMATS
-    from gn_practical.weights import load_description
+    from gn_practical.weights import read_weights
 
     to = FORMATS[args.format]
     final = os.path.join(args.output, f"model{to.suffix}")
     if os.path.exists(final) and not args.force:
         raise ValueError(f"--output must be without {final}. Choose another, or add --force.")
     with unchecked_folder(args) as folder:
-        cfg = read_config(args)
+        weights = read_weights(args.weights)
+        stored = weights.description
+        cfg = config_for(args.weights, stored, args.config_file, device="cpu", opts=args.opts)
         inputs = list(inputs_of(read_pictures(args, cfg), cfg))
-        model = read_model(args, cfg)
-        stored = load_description(args.weights)
+        model = read_model(args, weights, cfg)
         contents = contents_of(model, cfg, stored, args.group_norm, backbone_only=bool(to.limit))
         path = os.path.join(folder, os.path.basename(final))
         write(model, contents, to, path, args)

@@ -59,7 +59,9 @@ def _coco(cfg: CfgNode, dataset_name: str, output_folder: str) -> list[DatasetEv
     if "proposals" in architecture(cfg.MODEL.META_ARCHITECTURE).predicts:
         return [COCOEvaluator(dataset_name, output_dir=output_folder)]
     sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
-    return [CocoEvaluator(dataset_name, output_folder, kpt_oks_sigmas=sigmas)]
+    analysis = cfg.TEST.get("ERROR_ANALYSIS", False)
+    options = {"kpt_oks_sigmas": sigmas, "error_analysis": analysis}
+    return [CocoEvaluator(dataset_name, output_folder, **options)]
 
 
 def _panoptic(cfg: CfgNode, dataset_name: str, output_folder: str) -> list[DatasetEvaluator]:
@@ -72,7 +74,9 @@ def _panoptic(cfg: CfgNode, dataset_name: str, output_folder: str) -> list[Datas
     if predicted & {"instances", "proposals"} and metadata.get("json_file"):
         evaluators += _coco(cfg, dataset_name, output_folder)
     if "panoptic" in predicted and cfg.MODEL.PANOPTIC_FPN.COMBINE.ENABLED:
-        evaluators.append(PanopticEvaluator(dataset_name, output_folder))
+        analysis = cfg.TEST.get("ERROR_ANALYSIS", False)
+        panoptic = PanopticEvaluator(dataset_name, output_folder, error_analysis=analysis)
+        evaluators.append(panoptic)
     return evaluators
 
 

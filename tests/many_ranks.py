@@ -157,7 +157,7 @@ def start(folder, name, command, **environment):
         )  # fmt: skip
 
 
-def agents(folder, port, nodes=(0, 1)):
+def agents(folder, port, nodes):
     """Start torchrun on "machines", two ranks each, as docs/cluster.md does."""
     options = [
         *("--nnodes", 2, "--nproc-per-node", 2, "--max-restarts", 3, "--rdzv-id", "many"),
@@ -276,7 +276,7 @@ def machines(folder):
         start(run, f"machine{node}", [*command, "--machine-rank", node, *words_of(run)])
         for node in range(2)
     ]
-    codes = [each.wait() for each in both]
+    codes = ends(both)
     expect(codes == [0, 0], f"{run}: exit codes {codes}")
     expect_equal_ranks(run, 4)
     expect_same_bits(run, alone(folder))
@@ -285,17 +285,39 @@ def machines(folder):
 def agent(folder):
     """Two torchrun agents; one is killed with its ranks, and started again: the same bits."""
     run, port = folder / "agents", free_port()
-    first, second = agents(run, port)
+    # The first one holds the rendezvous; on one address either would.
+    (first,) = agents(run, port, nodes=[0])
+    while not listens(port):
+        expect(first.poll() is None, f"{run}: the first agent has ended")
+        time.sleep(0.05)
+    (second,) = agents(run, port, nodes=[1])
     wait_for_checkpoint(run, (first, second))
     second.kill()
     second.wait()
-    (third,) = agents(run, port, nodes=(1,))
-    codes = [first.wait(), third.wait()]
+    codes = ends([first, *agents(run, port, nodes=[1])])
     expect(codes == [0, 0], f"{run}: exit codes {codes}")
     expect_equal_ranks(run, 4)
     expect_same_bits(run, alone(folder))
     seen = [json.loads(line)["iteration"] for line in lines(run / "images.0.jsonl")]
     print(f"  went on at iteration {next(b for a, b in itertools.pairwise(seen) if b <= a + 1)}")
+
+
+def listens(port):
+    """Return whether somebody listens at a port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def ends(processes):
+    """Wait for launchers and return their exit codes; where one fails, the others are ended."""
+    while not all(each.poll() == 0 for each in processes):
+        if any(each.poll() for each in processes):
+            time.sleep(10)  # they may find out by themselves
+            for each in processes:
+                each.terminate()
+            break
+        time.sleep(0.1)
+    return [each.wait() for each in processes]
 
 
 def wait_for_checkpoint(run, processes):

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 _MOST_CLASSES = 40  # of a confusion matrix that can be read
 _WITH_NUMBERS = 16  # classes up to which its cells hold their numbers
-_IN_LEGEND = 20
+_WITH_COLOURS = 10  # classes up to which each has a line of its own colour
 _LONGEST_NAME = 24  # letters
 _RECALLS = np.linspace(0, 1, 101)
 
@@ -85,14 +85,18 @@ def draw_confusion(matrix: np.ndarray, names: Sequence[str], title: str, path: s
 
 
 def _draw_curves(axes: Axes, by_class: np.ndarray, names: Sequence[str]) -> None:
-    lines = [
-        (axes.plot(_RECALLS, curve, linewidth=1, alpha=0.8)[0], name)
+    known = [
+        (curve, name)
         for curve, name in zip(by_class.T, names, strict=True)
         if not np.isnan(curve).any()
     ]
+    style = {} if len(known) <= _WITH_COLOURS else {"color": "0.75"}
+    lines = [(axes.plot(_RECALLS, c, linewidth=1, alpha=0.8, **style)[0], n) for c, n in known]
     mean = axes.plot(_RECALLS, mean_curves(by_class[None])[0], color="black", linewidth=2.5)
-    handles, labels = zip((mean[0], "mean of the classes"), *lines[:_IN_LEGEND], strict=True)
-    if len(lines) > 1:
+    if style:
+        lines = [(lines[0][0], f"each of {len(lines)} classes")]
+    handles, labels = zip((mean[0], "mean of the classes"), *lines, strict=True)
+    if len(known) > 1:
         legend = axes.legend(
             handles, map(_short, labels), fontsize="small", ncols=3,
             loc="upper center", bbox_to_anchor=(0.5, -0.13),

@@ -15,16 +15,16 @@ from gn_practical.training.engine.autocast import AutocastTrainer
 ROOT = Path(__file__).parent.parent
 
 
-def test_four_ranks_resumed_and_shared_out_anew(tmp_path):
+def test_four_ranks_that_are_resumed_end_with_the_same_bits(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, ROOT / "tests/many_ranks.py", "resume", "change", "--output", tmp_path],
+        [sys.executable, ROOT / "tests/many_ranks.py", "resume", "--output", tmp_path],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("holds") == 3
+    assert done.stdout.count("holds") == 2
 
 
 class Normalized(nn.Module):

@@ -44,7 +44,9 @@ def sent_bytes() -> int:
     """Return what this process has sent over the TCP connections that it has now."""
     total = 0
     for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # closed meanwhile, or no connection
+        with suppress(OSError):  # closed meanwhile, or no TCP
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
             with socket.socket(fileno=os.dup(int(name))) as connection:
                 info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
             total += struct.unpack_from("=Q", info, _BYTES_ACKED)[0]

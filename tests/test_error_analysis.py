@@ -35,6 +35,7 @@ from test_evaluation_panoptic import (
 
 from gn_practical.training.config import add_training_config
 from gn_practical.training.evaluation import CocoEvaluator, PanopticEvaluator, build_evaluator
+from gn_practical.training.evaluation.build import BUILDERS
 from gn_practical.training.evaluation.coco import _coco
 from gn_practical.training.evaluation.error_analysis import analyse_errors, confusion_matrix
 from gn_practical.training.evaluation.error_pictures import draw_confusion
@@ -281,7 +282,7 @@ def test_confused_classes_of_nothing():
 ODD_NAMES = ["$x^2$", "_hidden", 'a "quoted" </script>', "é" * 60, "猫", "a\nb"]
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")  # the font has no cats
+@pytest.mark.filterwarnings("error:Glyph")  # the font has no cats
 @pytest.mark.parametrize("names", [["one"], ODD_NAMES, [f"class {n}" for n in range(90)]])
 def test_files_and_pictures(tmp_path, names):
     truth = truth_of(HERE, {**HERE, "bbox": [0.0, 0.0, 9.0, 9.0]}, classes=len(names))
@@ -372,6 +373,17 @@ def test_the_key_turns_it_on(coco, tmp_path, wanted):  # noqa: F811
     name, pairs = coco()
     MetadataCatalog.get(name).set(evaluator_type="coco")
     assert ("bbox_errors" in run(build_evaluator(cfg, name), pairs)) == wanted
+
+
+def test_data_without_analysis_are_named(coco, monkeypatch, caplog):  # noqa: F811
+    cfg = get_cfg()
+    add_training_config(cfg)
+    cfg.TEST.ERROR_ANALYSIS, cfg.TEST.NUM_PICTURES = True, 0
+    name, _ = coco()
+    MetadataCatalog.get(name).set(evaluator_type="lvis")
+    monkeypatch.setitem(BUILDERS, "lvis", lambda *_: [CocoEvaluator(name)])
+    build_evaluator(cfg, name)
+    assert f"nothing to say of {name}" in caplog.text
 
 
 # ---- panoptic quality by size ----

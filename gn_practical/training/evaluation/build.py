@@ -1,5 +1,6 @@
 """The evaluators of a data set, chosen by its metadata."""
 
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +15,8 @@ from gn_practical.training.evaluation.coco import CocoEvaluator
 from gn_practical.training.evaluation.panoptic import PanopticEvaluator
 from gn_practical.training.evaluation.pictures import PictureEvaluator
 from gn_practical.training.evaluation.sem_seg import SemSegEvaluator
+
+_logger = logging.getLogger(__name__)
 
 Builder = Callable[[CfgNode, str, str], list[DatasetEvaluator]]
 
@@ -47,6 +50,12 @@ def build_evaluator(
             f"evaluator_type of data set {dataset_name} must be one of {', '.join(BUILDERS)}, got "
             f"evaluator_type={kind}. Set it with MetadataCatalog.get({dataset_name!r})"
             ".set(evaluator_type=...), or override build_evaluator."
+        )
+    if cfg.TEST.get("ERROR_ANALYSIS", False) and kind not in ("coco", "coco_panoptic_seg"):
+        _logger.warning(
+            "TEST.ERROR_ANALYSIS has nothing to say of %s: its evaluator_type is %s, not coco or "
+            "coco_panoptic_seg.",
+            *(dataset_name, kind),
         )
     evaluators = BUILDERS[kind](cfg, dataset_name, output_folder)
     if cfg.TEST.get("NUM_PICTURES", 0) > 0:

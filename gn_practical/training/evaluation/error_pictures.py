@@ -1,6 +1,7 @@
 """Pictures of what a detector gets wrong: costs, precision against recall, confused classes."""
 
 import os
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -115,4 +116,6 @@ def _short(name: str) -> str:
 
 def _save(figure: Figure, path: str) -> None:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    figure.savefig(path, dpi=100)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a class name in a script that the font lacks
+        figure.savefig(path, dpi=100)

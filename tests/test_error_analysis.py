@@ -380,10 +380,11 @@ def test_data_without_analysis_are_named(coco, monkeypatch, caplog):  # noqa: F8
     add_training_config(cfg)
     cfg.TEST.ERROR_ANALYSIS, cfg.TEST.NUM_PICTURES = True, 0
     name, _ = coco()
-    MetadataCatalog.get(name).set(evaluator_type="lvis")
     monkeypatch.setitem(BUILDERS, "lvis", lambda *_: [CocoEvaluator(name)])
-    build_evaluator(cfg, name)
-    assert f"nothing to say of {name}" in caplog.text
+    MetadataCatalog.get("of_lvis").set(evaluator_type="lvis")
+    build_evaluator(cfg, "of_lvis")
+    MetadataCatalog.pop("of_lvis")
+    assert "nothing to say of of_lvis" in caplog.text
 
 
 # ---- panoptic quality by size ----

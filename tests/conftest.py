@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-collect_ignore = ["crash_test.py"]  # a program of its own: make crash-test
+collect_ignore = ["crash_test.py", "many_ranks.py"]  # programs of their own
 # Read when gn_practical is imported, as Detectron2's own data sets are.
 os.environ["DETECTRON2_DATASETS"] = tempfile.mkdtemp(prefix="gn_practical_datasets_")
 # Ranks, workers and the test process share the cores: waiting in a long loop would stall them.

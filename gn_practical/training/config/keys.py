@@ -38,6 +38,10 @@ def add_training_config(cfg: CfgNode) -> None:
     # Validation images drawn with predictions beside ground truth at each evaluation.
     cfg.TEST.NUM_PICTURES = 8
 
+    # Find out at each evaluation what keeps AP and PQ from 100: the kinds of errors and what they
+    # cost, confused classes, precision against recall, PQ by size. docs/errors.md.
+    cfg.TEST.ERROR_ANALYSIS = False
+
     # Steps with a loss or gradient that is not finite which a run leaves out before the next one
     # ends it, in total; 0: the first one ends it. Each is kept in OUTPUT_DIR/bad_steps.json. What
     # float16's loss scaling leaves out in search of its scale is not counted.

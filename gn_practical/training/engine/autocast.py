@@ -1,12 +1,13 @@
 """Training steps in any precision, on CUDA and on the CPU, that leave out what is not finite."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from detectron2.engine import SimpleTrainer
-from detectron2.utils.events import get_event_storage
+from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 
 from gn_practical.training.engine.accumulation import backward_in_parts
@@ -58,21 +59,43 @@ class AutocastTrainer(SimpleTrainer):
     def run_step(self) -> None:
         """Compute the losses under autocast, then step in the precision of the parameters."""
         start = time.perf_counter()
-        if self._batches is None:
-            self._batches = iter(self.data_loader)
-        data = next(self._batches)
+        data = self._next_batch()
         data_time = time.perf_counter() - start
         _copy(self._statistics, self._statistics_before)
         self.optimizer.zero_grad()
-        loss_dict = backward_in_parts(
-            self.model, data, self.accumulate_steps, self._losses, self._backward
-        )
+        loss_dict = self._losses_and_gradients(data)
         self.after_backward()
         if gradients_are_finite(self.optimizer) or not self._is_bad(loss_dict, data):
             self.write_metrics(loss_dict, data_time, self.iter)
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         self._write_counts()
+
+    def rehearse(self) -> None:
+        """Run the next step up to its gradients, and forget all but how the ranks exchange them.
+
+        ``DistributedDataParallel`` arranges gradients anew for exchange after its first backward
+        pass. Where a number stands decides in which order three ranks or more add it up, and so
+        its last bit. After a rehearsal a resumed run adds up as the one that went on.
+        """
+        data = self._next_batch()
+        self._batches = itertools.chain([data], self._batches)
+        buffers = list(self.model.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        with EventStorage(self.iter):
+            self._losses_and_gradients(data)
+        _copy(before, buffers)
+        self.optimizer.zero_grad()
+
+    def _next_batch(self) -> Any:
+        if self._batches is None:
+            self._batches = iter(self.data_loader)
+        return next(self._batches)
+
+    def _losses_and_gradients(self, data: Any) -> dict[str, Tensor]:
+        return backward_in_parts(
+            self.model, data, self.accumulate_steps, self._losses, self._backward
+        )
 
     def _losses(self, data: Any) -> dict[str, Tensor]:
         with torch.autocast(self.device, self.dtype, enabled=self.dtype is not None):

@@ -152,6 +152,9 @@ class Trainer(DefaultTrainer):
     def run_step(self) -> None:
         """Run a step, with random numbers that follow from the iteration."""
         self.state.begin_step(self.iter)
+        if self.iter == self.start_iter > 0 and comm.get_world_size() > 2:
+            self._trainer.rehearse()
+            self.state.begin_step(self.iter)
         super().run_step()
 
     def after_step(self) -> None:

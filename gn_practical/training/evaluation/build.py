@@ -1,5 +1,6 @@
 """The evaluators of a data set, chosen by its metadata."""
 
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +15,8 @@ from gn_practical.training.evaluation.coco import CocoEvaluator
 from gn_practical.training.evaluation.panoptic import PanopticEvaluator
 from gn_practical.training.evaluation.pictures import PictureEvaluator
 from gn_practical.training.evaluation.sem_seg import SemSegEvaluator
+
+_logger = logging.getLogger(__name__)
 
 Builder = Callable[[CfgNode, str, str], list[DatasetEvaluator]]
 
@@ -48,6 +51,12 @@ def build_evaluator(
             f"evaluator_type={kind}. Set it with MetadataCatalog.get({dataset_name!r})"
             ".set(evaluator_type=...), or override build_evaluator."
         )
+    if cfg.TEST.get("ERROR_ANALYSIS", False) and kind not in ("coco", "coco_panoptic_seg"):
+        _logger.warning(
+            "TEST.ERROR_ANALYSIS has nothing to say of %s: its evaluator_type is %s, not coco or "
+            "coco_panoptic_seg.",
+            *(dataset_name, kind),
+        )
     evaluators = BUILDERS[kind](cfg, dataset_name, output_folder)
     if cfg.TEST.get("NUM_PICTURES", 0) > 0:
         pictures_dir = os.path.join(cfg.OUTPUT_DIR, "pictures", *folder)
@@ -59,7 +68,9 @@ def _coco(cfg: CfgNode, dataset_name: str, output_folder: str) -> list[DatasetEv
     if "proposals" in architecture(cfg.MODEL.META_ARCHITECTURE).predicts:
         return [COCOEvaluator(dataset_name, output_dir=output_folder)]
     sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
-    return [CocoEvaluator(dataset_name, output_folder, kpt_oks_sigmas=sigmas)]
+    analysis = cfg.TEST.get("ERROR_ANALYSIS", False)
+    options = {"kpt_oks_sigmas": sigmas, "error_analysis": analysis}
+    return [CocoEvaluator(dataset_name, output_folder, **options)]
 
 
 def _panoptic(cfg: CfgNode, dataset_name: str, output_folder: str) -> list[DatasetEvaluator]:
@@ -72,7 +83,9 @@ def _panoptic(cfg: CfgNode, dataset_name: str, output_folder: str) -> list[Datas
     if predicted & {"instances", "proposals"} and metadata.get("json_file"):
         evaluators += _coco(cfg, dataset_name, output_folder)
     if "panoptic" in predicted and cfg.MODEL.PANOPTIC_FPN.COMBINE.ENABLED:
-        evaluators.append(PanopticEvaluator(dataset_name, output_folder))
+        analysis = cfg.TEST.get("ERROR_ANALYSIS", False)
+        panoptic = PanopticEvaluator(dataset_name, output_folder, error_analysis=analysis)
+        evaluators.append(panoptic)
     return evaluators
 
 

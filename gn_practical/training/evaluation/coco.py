@@ -24,6 +24,7 @@ from tabulate import tabulate
 
 from gn_practical.atomic import write_json
 from gn_practical.training.data.coco_format import read_json
+from gn_practical.training.evaluation.error_analysis import analyse_errors
 from gn_practical.training.evaluation.ids import check_predicted_once, dataset_class, numbered
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ class CocoEvaluator(DatasetEvaluator):
         max_dets_per_image: of which AP of boxes and masks is computed.
         use_fast_impl: False for pycocotools in any case.
         kpt_oks_sigmas: of the keypoints; those of COCO if empty.
+        error_analysis: find out what keeps AP of boxes and masks from 100: "bbox_errors" and
+            "segm_errors" in the results, and files in ``output_dir/errors``.
 
     Raises:
         ValueError: if two images, categories or annotations share an id; from ``evaluate``, if an
@@ -72,6 +75,7 @@ class CocoEvaluator(DatasetEvaluator):
         max_dets_per_image: int = 100,
         use_fast_impl: bool = True,
         kpt_oks_sigmas: Sequence[float] = (),
+        error_analysis: bool = False,
     ) -> None:
         self._path = _annotation_file(dataset_name, output_dir)
         content = read_json(PathManager.get_local_path(self._path))
@@ -86,7 +90,7 @@ class CocoEvaluator(DatasetEvaluator):
         self._truth = _coco(self._numbered_content(content))
         self._output_dir = output_dir
         self._max_dets, self._use_fast_impl = max_dets_per_image, use_fast_impl
-        self._sigmas = kpt_oks_sigmas
+        self._sigmas, self._error_analysis = kpt_oks_sigmas, error_analysis
         self.reset()
 
     def reset(self) -> None:
@@ -131,7 +135,13 @@ class CocoEvaluator(DatasetEvaluator):
             detection["image_id"] = self._images[detection["image_id"]]
             detection["category_id"] = self._categories[detection["category_id"]]
         tasks = self._annotated_tasks(set().union(*(tasks for _, tasks in gathered)))
-        return OrderedDict((task, self._evaluate(task, detections)) for task in tasks)
+        results: OrderedDict[str, dict[str, float]] = OrderedDict()
+        for task in tasks:
+            evaluation = self._evaluate(task, detections)
+            results[task] = self._summarize(task, evaluation)
+            if self._error_analysis and task != "keypoints":
+                results[f"{task}_errors"] = self._errors(task, evaluation, detections)
+        return results
 
     def _numbered(self, content: dict[str, Any], entries: str) -> dict[Any, int]:
         return numbered((entry["id"] for entry in content[entries]), f"{entries} in {self._path}")
@@ -174,7 +184,7 @@ class CocoEvaluator(DatasetEvaluator):
             logger.warning("Not evaluated, as annotations of the data set lack it: %s", absent)
         return [task for task in tasks if task not in absent]
 
-    def _evaluate(self, task: str, detections: list[dict]) -> dict[str, float]:
+    def _evaluate(self, task: str, detections: list[dict]) -> COCOeval:
         evaluator, name = COCOeval, "pycocotools"
         if self._use_fast_impl and task != "keypoints":
             with contextlib.suppress(ImportError):
@@ -196,7 +206,14 @@ class CocoEvaluator(DatasetEvaluator):
                 evaluation.params.maxDets = [min(limit, self._max_dets) for limit in limits]
             evaluation.evaluate()
             evaluation.accumulate()
-        return self._summarize(task, evaluation)
+        return evaluation
+
+    def _errors(self, task: str, evaluation: COCOeval, detections: list[dict]) -> dict[str, float]:
+        folder = self._output_dir and os.path.join(self._output_dir, "errors")
+        precision = evaluation.eval["precision"][[0, 5], :, :, 0, -1]
+        precision = np.where(precision > -1, precision, np.nan)
+        given = (self._truth, detections, task, self._class_names)
+        return analyse_errors(*given, precision, folder, self._max_dets)
 
     def _set_sigmas(self, evaluation: COCOeval, detections: list[dict]) -> None:
         if self._sigmas:

@@ -20,13 +20,14 @@ from PIL import Image
 from tabulate import tabulate
 
 from gn_practical.atomic import write_json
-from gn_practical.training.data.coco_format import id_to_rgb, read_json
+from gn_practical.training.data.coco_format import id_to_rgb, read_json, rgb_to_id
 from gn_practical.training.evaluation.ids import (
     check_predicted_once,
     dataset_class,
     numbered,
     unused,
 )
+from gn_practical.training.evaluation.panoptic_sizes import SIZES, tallies_by_size
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ class PanopticEvaluator(DatasetEvaluator):
         dataset_name: a registered data set with ``panoptic_json``, ``panoptic_root`` and the maps
             ``thing_dataset_id_to_contiguous_id``, ``stuff_dataset_id_to_contiguous_id``.
         output_dir: folder for the predictions.
+        error_analysis: split PQ by size too, and into SQ and RQ by class: "panoptic_seg_errors" in
+            the results.
 
     Raises:
         ValueError: if ids in the ground truth are unknown or given twice; from ``process``, if a
@@ -88,9 +91,12 @@ class PanopticEvaluator(DatasetEvaluator):
         >>> evaluator = PanopticEvaluator("coco_2017_val_panoptic_separated")  # doctest: +SKIP
     """
 
-    def __init__(self, dataset_name: str, output_dir: str | None = None) -> None:
+    def __init__(
+        self, dataset_name: str, output_dir: str | None = None, *, error_analysis: bool = False
+    ) -> None:
         self._metadata = MetadataCatalog.get(dataset_name)
         self._name, self._output_dir = dataset_name, output_dir
+        self._error_analysis = error_analysis
         self._path = self._metadata.panoptic_json
         self._content = read_json(PathManager.get_local_path(self._path))
         annotations = self._content["annotations"]
@@ -115,6 +121,7 @@ class PanopticEvaluator(DatasetEvaluator):
     def reset(self) -> None:
         """Forget all predictions."""
         self._predictions: dict[Any, Annotation] = {}
+        self._by_size = np.zeros((len(SIZES), len(self._categories), 4))
         # It removes itself with the last reference.
         self._temporary = None if self._output_dir else TemporaryDirectory(prefix="panoptic_")
         folder = self._temporary.name if self._temporary else self._output_dir
@@ -135,10 +142,16 @@ class PanopticEvaluator(DatasetEvaluator):
             segments = [self._with_dataset_id(segment) for segment in segments]
             entry = {"image_id": image_id, "file_name": file_name, "segments_info": segments}
             self._predictions[image_id] = entry
+            if self._error_analysis:
+                truth = self._truth[image_id]
+                pixels, own = self._read_png(truth["file_name"]), truth["segments_info"]
+                sizes = tallies_by_size(pixels, own, segment_ids, segments, self._categories)
+                self._by_size += sizes
 
     def evaluate(self) -> OrderedDict | None:
         """Percentages under "panoptic_seg" on the main rank, None on the others."""
-        gathered = comm.gather((list(self._predictions.values()), self._tallies()))
+        tallies = np.stack([self._tallies(), *self._by_size])
+        gathered = comm.gather((list(self._predictions.values()), tallies))
         if self._temporary:
             self._temporary.cleanup()
         if not comm.is_main_process():
@@ -149,7 +162,11 @@ class PanopticEvaluator(DatasetEvaluator):
             path = os.path.join(self._output_dir, "predictions.json")
             write_json(path, {**self._content, "annotations": predictions})
             logger.info("Panoptic predictions saved to %s and %s", path, self._png_dir)
-        return OrderedDict(panoptic_seg=self._summarize(sum(part for _, part in gathered)))
+        tallies, *by_size = sum(part for _, part in gathered)
+        results = OrderedDict(panoptic_seg=self._summarize(tallies))
+        if self._error_analysis:
+            results["panoptic_seg_errors"] = self._split(tallies, by_size)
+        return results
 
     def _check_segments(self, annotation: Annotation) -> None:
         segments = annotation["segments_info"]
@@ -177,6 +194,11 @@ class PanopticEvaluator(DatasetEvaluator):
                 f"A panoptic PNG must be RGB with the prediction's size {shape[::-1]}, got "
                 f"{found} in {path}. Restore the file or prepare the data set again."
             )
+
+    def _read_png(self, file_name: str) -> np.ndarray:
+        path = os.path.join(self._metadata.panoptic_root, file_name)
+        with PathManager.open(path, "rb") as file:
+            return rgb_to_id(np.array(Image.open(file).convert("RGB")))
 
     def _with_dataset_id(self, segment: dict) -> dict:
         segment = dict(segment)
@@ -234,6 +256,30 @@ class PanopticEvaluator(DatasetEvaluator):
             **{name + suffix: v for suffix, row in by_group.items() for name, v in row.items()},
             **{f"PQ-{name}": row["PQ"] for name, row in by_class.items()},
         }
+
+    def _split(self, tallies: np.ndarray, by_size: list[np.ndarray]) -> dict[str, float]:
+        """PQ, SQ and RQ by size, SQ and RQ by class."""
+        sizes = {size: panoptic_quality(part) for size, part in zip(SIZES, by_size, strict=True)}
+        rows = [
+            [name, int(part[:, [1, 3]].sum()), int(part[:, 2].sum()), *quality.values()]
+            for name, part, quality in zip(
+                ("small", "medium", "large"), by_size, sizes.values(), strict=True
+            )
+        ]
+        headers = ["segments", "annotated", "false positives", "PQ", "SQ", "RQ"]
+        logger.info("Panoptic quality by size:\n%s", tabulate(rows, headers, "pipe", ".3f"))
+        names = {category["id"]: category["name"] for category in self._content["categories"]}
+        by_class = {
+            f"{metric}-{names[category]}": value
+            for category, number in self._categories.items()
+            for metric, value in panoptic_quality(tallies[number - 1 : number]).items()
+            if metric != "PQ"
+        }
+        by_metric = {
+            f"{metric}{size}": row[metric] for metric in ("PQ", "SQ", "RQ")
+            for size, row in sizes.items()
+        }  # fmt: skip
+        return {**by_metric, **by_class}
 
 
 def segments_of(

@@ -216,7 +216,7 @@ def test_the_audit_sees_all_parts():
             trainer.run_step()
             hook.after_step()
         ratios.append({k: v[0] for k, v in storage.latest().items() if k.startswith("isometry")})
-    assert len(ratios[0]) == 8
+    assert len(ratios[0]) == 2 * 8
     assert ratios[1] == pytest.approx(ratios[0], rel=1e-6)
 
 

@@ -49,7 +49,7 @@ def describe(model: nn.Module, of_config: Mapping[str, Any] | None = None) -> De
         norm=_only(_norm_kinds(model.get_submodule(trunk_of(modules)))),
         num_groups={path: g for path, each in modules.items() if (g := norm_groups(each))},
         norm_eps=_only(each.eps for each in modules.values() if norm_channels(each)),
-        versions=_versions(),
+        versions=installed_versions(),
         **known,
     )
 
@@ -181,9 +181,15 @@ def _only(values: Iterable[Any]) -> Any:
 
 
 @cache
-def _versions() -> dict[str, str]:
+def installed_versions(packages: tuple[str, ...] = _PACKAGES) -> dict[str, str]:
+    """Return {package: version} of those that are installed.
+
+    Example:
+        >>> sorted(installed_versions(("torch", "no-such-package")))
+        ['torch']
+    """
     found = {}
-    for package in _PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -10,7 +9,7 @@ from torch import nn
 
 from gn_practical.inference.export.group_norm import FAST
 from gn_practical.inference.export.network import detector_outputs
-from gn_practical.weights.describe import describe, describe_config
+from gn_practical.weights.describe import describe, describe_config, installed_versions
 from gn_practical.weights.description import Description
 
 FILE = "gn_practical.json"  # of files that hold files
@@ -121,7 +120,7 @@ def contents_of(
         group_norm=group_norm,
         standardized=len(described.standardized_layers or ()),
         description=replace(described, **known),
-        versions=_versions(),
+        versions=installed_versions(_PACKAGES),
     )
 
 
@@ -140,14 +139,4 @@ def _thresholds(cfg: CfgNode) -> dict[str, float]:
         found["overlap"] = combine.OVERLAP_THRESH
         found["stuff_area"] = combine.STUFF_AREA_LIMIT
         found["instance_score"] = combine.INSTANCES_CONFIDENCE_THRESH
-    return found
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found

@@ -47,7 +47,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--config-file", metavar="FILE", help="a YAML file, or a Python config (which is run)")
     add("--checkpoint", metavar="FILE", help="one of a training here, with its config")
-    add("--tasks", nargs="+", required=True, metavar="TASK", help=", ".join(TASKS))
+    what = f"{', '.join(TASKS)} (default: parameter flop)"
+    add("--tasks", nargs="+", default=["parameter", "flop"], metavar="TASK", help=what)
     add("--image-size", nargs=2, type=int, metavar=("H", "W"), help="of the random image")
     add("--use-data", action="store_true", help="images of DATASETS.TEST, and MODEL.WEIGHTS")
     number = f"(default: 1, with --use-data {_DATA_INPUTS})"

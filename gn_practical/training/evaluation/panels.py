@@ -9,7 +9,7 @@ from detectron2.data.catalog import Metadata
 from detectron2.utils.visualizer import Visualizer
 
 _LONGER_SIDE = (512, 1024)  # px: small images are enlarged until their texts are readable
-_GAP = 8
+GAP = 8  # px between pictures
 _BAR = 32
 _TEXT = 9  # points, of 1/72 inch at 100 pixels an inch
 _STEPS = sorted(range(-8, 9), key=abs)  # lines from where a text should be
@@ -137,13 +137,13 @@ def side_by_side(panels: Sequence[np.ndarray], titles: Sequence[str]) -> np.ndar
     height = max(panel.shape[0] for panel in panels)
     texts = [cv2.getTextSize(title, *_FONT, 1)[0][0] + 12 for title in titles]
     widths = [max(p.shape[1], text) for p, text in zip(panels, texts, strict=True)]
-    whole = sum(widths) + (len(panels) - 1) * _GAP
+    whole = sum(widths) + (len(panels) - 1) * GAP
     canvas = np.full((height + _BAR, whole, 3), 255, dtype=np.uint8)
     left = 0
     for panel, title, width in zip(panels, titles, widths, strict=True):
         canvas[_BAR : _BAR + panel.shape[0], left : left + panel.shape[1]] = panel
         cv2.putText(canvas, title, (left + 6, 22), *_FONT, (0, 0, 0), 1, cv2.LINE_AA)
-        left += width + _GAP
+        left += width + GAP
     return canvas
 
 

@@ -1,0 +1,119 @@
+"""Curves and groups of runs over each other, as Bokeh's figures that a browser draws."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from bokeh.embed import json_item
+from bokeh.models import HoverTool
+from bokeh.palettes import Category10, Category20
+from bokeh.plotting import figure
+
+from gn_practical.training.comparison.runs import Run
+from gn_practical.training.evaluation.curves import Series, smooth
+
+MOST_POINTS = 1000  # of a curve; of a longer one the extremes of as many stretches are drawn
+_GREY = "#808080"  # is read on white and on black
+_DASHES = ("solid", "dashed", "dotted", "dotdash")
+_SIZE = {"width": 560, "height": 320}
+
+
+@dataclass
+class Chart:
+    """A figure for the page; ``item`` is what BokehJS draws it from."""
+
+    title: str
+    item: dict[str, Any]
+    is_shortened: bool = False
+
+
+def colors(number: int) -> list[str]:
+    """Return a colour for each run."""
+    palette = Category10[10] if number <= 10 else Category20[20]
+    return [palette[index % len(palette)] for index in range(number)]
+
+
+def curve_chart(title: str, runs: list[Run], name: str, smoothed: bool = False) -> Chart | None:
+    """Draw one scalar of all runs over the iterations; None if no run has it."""
+    plot = _figure(title, "iteration")
+    plot.add_tools(_hover([("iteration", "@x{0}"), (name, "@y{0.0000[00]}")]))
+    drawn, shortened = [], False
+    for index, (run, color) in enumerate(zip(runs, colors(len(runs)), strict=True)):
+        if name not in run.curves:
+            continue
+        iterations, values = (np.asarray(part) for part in run.curves[name])
+        shortened |= len(values) > MOST_POINTS
+        style = {"color": color, "line_dash": _DASHES[index // 20 % len(_DASHES)]}
+        pale = {"alpha": 0.3, "line_width": 1} if smoothed else {"line_width": 2}
+        drawn.append(_line(plot, run, index, extremes(iterations, values), **style, **pale))
+        if smoothed:
+            means = smooth_long(iterations, values)
+            drawn.append(_line(plot, run, index, means, **style, line_width=2))
+        if len(values) < 60 and not smoothed:
+            x, y = extremes(iterations, values)
+            drawn.append(plot.scatter(x, y, size=6, color=color, name=run.name, tags=[index]))
+    return Chart(title, json_item(plot), shortened) if drawn else None
+
+
+def groups_chart(runs: list[Run], rows: dict[str, list[int | None]]) -> Chart | None:
+    """Draw the groups of every layer, in the order of the model."""
+    plot = _figure("groups per layer", "layer", y_axis_type="log")
+    plot.add_tools(_hover([("layer", "@layer"), ("groups", "@y")]))
+    points = 0
+    for index, (run, color) in enumerate(zip(runs, colors(len(runs)), strict=True)):
+        found = [(x, row[index], norm) for x, (norm, row) in enumerate(rows.items()) if row[index]]
+        if found:
+            x, y, layers = (list(part) for part in zip(*found, strict=True))
+            data = {"x": x, "y": y, "layer": layers}
+            style = {"color": color, "alpha": 0.7, "name": run.name, "tags": [index]}
+            plot.scatter("x", "y", source=data, size=6 + 2 * (len(runs) - index) % 8, **style)
+            points += len(found)
+    return Chart("groups per layer", json_item(plot)) if points else None
+
+
+def extremes(iterations: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shorten a curve to the smallest and largest value of each stretch, and its two ends.
+
+    So a spike of one iteration stays, which a mean or every n-th point would hide.
+    """
+    if len(values) > MOST_POINTS:
+        stretches = np.array_split(np.arange(len(values)), MOST_POINTS // 2 - 1)
+        kept = {0, len(values) - 1}
+        for stretch in stretches:
+            part = values[stretch]
+            kept |= {int(stretch[part.argmin()]), int(stretch[part.argmax()])}
+        order = np.array(sorted(kept))
+        iterations, values = iterations[order], values[order]
+    return iterations.astype(np.int32), values.astype(np.float32)
+
+
+def smooth_long(iterations: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Smooth a curve as ``curves.png`` does; a long one by the means of stretches."""
+    if len(values) > MOST_POINTS:
+        stretches = np.array_split(np.arange(len(values)), MOST_POINTS // 2)
+        iterations = np.array([iterations[s].mean() for s in stretches])
+        values = np.array([values[s].mean() for s in stretches])
+    return iterations.astype(np.float32), smooth(values).astype(np.float32)
+
+
+def _figure(title: str, x_label: str, **options: Any) -> figure:
+    tools = "pan,box_zoom,wheel_zoom,reset,save"
+    plot = figure(title=title, x_axis_label=x_label, tools=tools, **_SIZE, **options)
+    plot.toolbar.logo = None
+    plot.toolbar.active_scroll = None
+    plot.background_fill_color = plot.border_fill_color = None
+    plot.outline_line_color = plot.title.text_color = _GREY
+    for axis in plot.axis:
+        axis.axis_line_color = axis.major_tick_line_color = axis.minor_tick_line_color = _GREY
+        axis.axis_label_text_color = axis.major_label_text_color = _GREY
+    plot.grid.grid_line_color = _GREY
+    plot.grid.grid_line_alpha = 0.25
+    return plot
+
+
+def _hover(columns: list[tuple[str, str]]) -> HoverTool:
+    return HoverTool(tooltips=[("run", "$name"), *columns])
+
+
+def _line(plot: figure, run: Run, index: int, points: Series, **style: Any) -> Any:
+    return plot.line(*points, name=run.name, tags=[index], **style)

@@ -29,6 +29,7 @@ EXTRAS = {
         "submitit>=1.5",
     ],
     "export": ["onnx>=1.16", "onnxruntime>=1.20"],  # gn_practical.inference.export, .exported
+    "report": ["bokeh>=3.4", "Jinja2>=3.1", "scipy>=1.11"],  # the page that compares runs
     "fast": ["faster-coco-eval>=1.6"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     "dev": [
@@ -51,7 +52,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["gn_practical", "gn_practical.*"]),
-    package_data={"gn_practical": ["py.typed"]},
+    package_data={"gn_practical": ["py.typed", "training/comparison/page.html.j2"]},
     python_requires=">=3.10",
     # Detectron2 is not listed: its authors publish no package, and pip must not replace a build
     # from source. tools/install_detectron2.sh installs it with what it needs.

@@ -15,7 +15,8 @@ from gn_practical.training.config import add_training_config
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gn_practical"
-TRAINING = ("config", "data", "validation", "evaluation", "checkpoint", "engine", "lazy", "sweep")
+TRAINING = ("config", "data", "validation", "evaluation", "checkpoint", "engine", "lazy")
+TRAINING += ("comparison", "sweep")
 
 WORLD = """
     import os, signal, sys, warnings

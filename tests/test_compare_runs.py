@@ -142,6 +142,18 @@ def test_what_is_broken_is_said_and_no_error(tmp_path):
     assert "no evaluation" in text
 
 
+def test_pictures_of_other_annotations_are_not_set_beside_each_other(tmp_path):
+    runs = [make_run(tmp_path / name, groups=i + 1) for i, name in enumerate("abc")]
+    panels = [np.full((40, 60, 3), value, np.uint8) for value in (3, 100)]
+    other = side_by_side(panels, ["prediction", "ground truth"])
+    Image.fromarray(other).save(runs[2] / "pictures/000001.png")
+    page = tmp_path / "page.html"
+    compare_runs([str(run) for run in runs], str(page))
+    assert re.findall(r'<figure data-of="(\d)">', page.read_text()) == ["0", "1"]
+    compare_runs([str(run) for run in runs[1:]], str(page))
+    assert "No two runs have a picture with the same name" in page.read_text()
+
+
 def test_a_long_curve_keeps_its_spikes():
     values = np.zeros(100_000)
     values[12_345] = 9.0

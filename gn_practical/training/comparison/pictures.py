@@ -48,6 +48,8 @@ def same_pictures(runs: Sequence[Run], number: int) -> tuple[list[Picture], str]
                 found.append(picture)
                 size += sum(map(len, (picture.truth, *picture.predictions.values())))
     notes = [f"{len(found)} of {total} pictures are shown."] if len(found) < total else []
+    if names and number and not total:
+        notes.append("No two runs have a picture with the same name and the same annotations.")
     notes += [f"{broken} files cannot be read and are left out."] if broken else []
     return found, " ".join(notes)
 

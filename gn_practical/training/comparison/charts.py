@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 from bokeh.embed import json_item
-from bokeh.models import HoverTool
+from bokeh.models import ColumnDataSource, Glyph, GlyphRenderer, HoverTool, Line, Scatter
 from bokeh.palettes import Category10, Category20
 from bokeh.plotting import figure
 
 from gn_practical.training.comparison.runs import Run
-from gn_practical.training.evaluation.curves import Series, smooth
+from gn_practical.training.evaluation.curves import smooth
 
 MOST_POINTS = 1000  # of a curve; of a longer one the extremes of as many stretches are drawn
 _GREY = "#808080"  # is read on white and on black
@@ -43,15 +43,17 @@ def curve_chart(title: str, runs: list[Run], name: str, smoothed: bool = False) 
             continue
         iterations, values = (np.asarray(part) for part in run.curves[name])
         shortened |= len(values) > MOST_POINTS
-        style = {"color": color, "line_dash": _DASHES[index // 20 % len(_DASHES)]}
-        pale = {"alpha": 0.3, "line_width": 1} if smoothed else {"line_width": 2}
-        drawn.append(_line(plot, run, index, extremes(iterations, values), **style, **pale))
+        style = {"line_color": color, "line_dash": _DASHES[index // 20 % len(_DASHES)]}
+        pale = {"line_alpha": 0.3, "line_width": 1} if smoothed else {"line_width": 2}
+        points = extremes(iterations, values)
+        glyphs = [(points, Line(x="x", y="y", **style, **pale))]
         if smoothed:
             means = smooth_long(iterations, values)
-            drawn.append(_line(plot, run, index, means, **style, line_width=2))
-        if len(values) < 60 and not smoothed:
-            x, y = extremes(iterations, values)
-            drawn.append(plot.scatter(x, y, size=6, color=color, name=run.name, tags=[index]))
+            glyphs.append((means, Line(x="x", y="y", **style, line_width=2)))
+        elif len(values) < 60:
+            glyphs.append((points, _dots(color, 6)))
+        for (x, y), glyph in glyphs:
+            drawn.append(_add(plot, run, index, {"x": x, "y": y}, glyph))
     return Chart(title, json_item(plot), shortened) if drawn else None
 
 
@@ -65,8 +67,7 @@ def groups_chart(runs: list[Run], rows: dict[str, list[int | None]]) -> Chart | 
         if found:
             x, y, layers = (list(part) for part in zip(*found, strict=True))
             data = {"x": x, "y": y, "layer": layers}
-            style = {"color": color, "alpha": 0.7, "name": run.name, "tags": [index]}
-            plot.scatter("x", "y", source=data, size=6 + 2 * (len(runs) - index) % 8, **style)
+            _add(plot, run, index, data, _dots(color, 6 + 2 * (len(runs) - index) % 8))
             points += len(found)
     return Chart("groups per layer", json_item(plot)) if points else None
 
@@ -115,5 +116,10 @@ def _hover(columns: list[tuple[str, str]]) -> HoverTool:
     return HoverTool(tooltips=[("run", "$name"), *columns])
 
 
-def _line(plot: figure, run: Run, index: int, points: Series, **style: Any) -> Any:
-    return plot.line(*points, name=run.name, tags=[index], **style)
+def _dots(color: str, size: int) -> Scatter:
+    return Scatter(x="x", y="y", size=size, line_color=color, fill_color=color, fill_alpha=0.7)
+
+
+def _add(plot: figure, run: Run, index: int, data: dict[str, Any], glyph: Glyph) -> GlyphRenderer:
+    """Add a glyph by itself: ``plot.line`` makes four more for selections, which take the time."""
+    return plot.add_glyph(ColumnDataSource(data), glyph, name=run.name, tags=[index])

@@ -13,6 +13,7 @@ from gn_practical.training.comparison.runs import Run
 from gn_practical.training.evaluation.curves import smooth
 
 MOST_POINTS = 1000  # of a curve; of a longer one the extremes of as many stretches are drawn
+MOST_IN_DETAIL = 6  # runs; of more a chart has one line each: the smoothed loss, no dots
 _GREY = "#808080"  # is read on white and on black
 _DASHES = ("solid", "dashed", "dotted", "dotdash")
 _SIZE = {"width": 560, "height": 320}
@@ -37,20 +38,22 @@ def curve_chart(title: str, runs: list[Run], name: str, smoothed: bool = False) 
     """Draw one scalar of all runs over the iterations; None if no run has it."""
     plot = _figure(title, "iteration")
     plot.add_tools(_hover([("iteration", "@x{0}"), (name, "@y{0.0000[00]}")]))
-    drawn, shortened = [], False
+    drawn, shortened, is_crowded = [], False, len(runs) > MOST_IN_DETAIL
     for index, (run, color) in enumerate(zip(runs, colors(len(runs)), strict=True)):
         if name not in run.curves:
             continue
         iterations, values = (np.asarray(part) for part in run.curves[name])
         shortened |= len(values) > MOST_POINTS
         style = {"line_color": color, "line_dash": _DASHES[index // 20 % len(_DASHES)]}
-        pale = {"line_alpha": 0.3, "line_width": 1} if smoothed else {"line_width": 2}
         points = extremes(iterations, values)
-        glyphs = [(points, Line(x="x", y="y", **style, **pale))]
+        glyphs = []
         if smoothed:
             means = smooth_long(iterations, values)
             glyphs.append((means, Line(x="x", y="y", **style, line_width=2)))
-        elif len(values) < 60:
+            style |= {"line_alpha": 0.3}
+        if not smoothed or not is_crowded:
+            glyphs.insert(0, (points, Line(x="x", y="y", **style, line_width=1 if smoothed else 2)))
+        if not smoothed and (len(values) == 1 or (len(values) < 60 and not is_crowded)):
             glyphs.append((points, _dots(color, 6)))
         for (x, y), glyph in glyphs:
             drawn.append(_add(plot, run, index, {"x": x, "y": y}, glyph))

@@ -8,7 +8,13 @@ from bokeh.resources import Resources
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from gn_practical.training.comparison.charts import Chart, colors, curve_chart, groups_chart
+from gn_practical.training.comparison.charts import (
+    MOST_IN_DETAIL,
+    Chart,
+    colors,
+    curve_chart,
+    groups_chart,
+)
 from gn_practical.training.comparison.differences import config_differences, group_rows
 from gn_practical.training.comparison.pictures import same_pictures
 from gn_practical.training.comparison.runs import Run
@@ -54,6 +60,7 @@ def render(runs: list[Run], baseline: str | None = None, pictures: int = 4) -> s
         groups=rows,
         config=config_differences(runs),
         machine={key: [run.machine.get(key, "-") for run in runs] for key in machine},
+        most_in_detail=MOST_IN_DETAIL,
         pictures=shown,
         pictures_note=left_out,
         library=Markup("\n".join(Resources(mode="inline", components=["bokeh"]).js_raw)),

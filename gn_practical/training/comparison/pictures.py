@@ -34,23 +34,21 @@ def same_pictures(runs: Sequence[Run], number: int) -> tuple[list[Picture], str]
     Returns:
         the pictures, and a note of what was left out, or an empty text.
     """
-    names = dict.fromkeys(name for run in runs for name in _names(run))
-    least = min(2, len(runs))
+    names = sorted({name for run in runs for name in _names(run)})
+    any_there, least = bool(names), min(2, len(runs))
     found: list[Picture] = []
-    size, total, broken = 0, 0, 0
-    for name in sorted(names):
-        by_truth, wrong = _read(runs, name, len(found) < number and size < _MOST_BYTES)
+    size, broken = 0, 0
+    while names and len(found) < number and size < _MOST_BYTES:
+        by_truth, wrong = _read(runs, names.pop(0))
         broken += wrong
-        shared = [picture for picture in by_truth if len(picture.predictions) >= least]
-        total += len(shared)
-        for picture in shared:
-            if len(found) < number and size < _MOST_BYTES:
+        for picture in by_truth:
+            if len(picture.predictions) >= least and len(found) < number:
                 found.append(picture)
                 size += sum(map(len, (picture.truth, *picture.predictions.values())))
-    notes = [f"{len(found)} of {total} pictures are shown."] if len(found) < total else []
-    if names and number and not total:
-        notes.append("No two runs have a picture with the same name and the same annotations.")
+    notes = [f"{len(names)} more are in the runs' folders."] if names and found else []
     notes += [f"{broken} files cannot be read and are left out."] if broken else []
+    if any_there and number and not found:
+        notes.append("No two runs have a picture with the same name and the same annotations.")
     return found, " ".join(notes)
 
 
@@ -59,7 +57,7 @@ def _names(run: Run) -> list[str]:
     return [str(path.relative_to(folder)) for path in folder.rglob("*.png")]
 
 
-def _read(runs: Sequence[Run], name: str, encoded: bool) -> tuple[list[Picture], int]:
+def _read(runs: Sequence[Run], name: str) -> tuple[list[Picture], int]:
     by_truth: dict[bytes, Picture] = {}
     broken = 0
     for index, run in enumerate(runs):
@@ -74,8 +72,8 @@ def _read(runs: Sequence[Run], name: str, encoded: bool) -> tuple[list[Picture],
             continue
         key = truth.tobytes()
         if key not in by_truth:
-            by_truth[key] = Picture(name, _encode(truth) if encoded else "")
-        by_truth[key].predictions[index] = _encode(prediction) if encoded else ""
+            by_truth[key] = Picture(name, _encode(truth))
+        by_truth[key].predictions[index] = _encode(prediction)
     return list(by_truth.values()), broken
 
 

@@ -29,8 +29,9 @@ def mean_of(values: Sequence[float]) -> Number:
     """Return the mean with half of its 95 % confidence interval by Student's t.
 
     Example:
-        >>> mean_of([1.0, 2.0, 3.0])
-        Number(mean=2.0, interval=2.4841377118194247, count=3, how='')
+        >>> number = mean_of([1.0, 2.0, 3.0])
+        >>> number.mean, round(number.interval, 3), number.count
+        (2.0, 2.484, 3)
     """
     if not values:
         return Number(math.nan)

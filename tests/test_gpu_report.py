@@ -260,5 +260,5 @@ def test_states_that_differ_are_named():
 
 def test_places_are_left_out_and_addresses_are_not():
     without_places = import_module("gpu_parts.record").without_places
-    text = 'File "/home/a b/x/y.py", https://host/a/b, 1/2, ours / theirs'
+    text = 'File "/data/a b/x/y.py", https://host/a/b, 1/2, ours / theirs'
     assert without_places([text]) == ['File "…/y.py", https://host/a/b, 1/2, ours / theirs']
